@@ -1,0 +1,137 @@
+//! The gRPC edge: turns requests into calls of the layers below, and their answers into frames. Admission happens
+//! here: draining, session counts, memory, disk space.
+
+mod admin;
+mod publish;
+mod publish_session;
+mod read;
+mod read_session;
+pub mod status;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::base::alarms::Alarms;
+use crate::base::metric_names::API_OPEN_SESSIONS;
+use crate::base::tasks::Tasks;
+use crate::broker::Broker;
+use crate::broker::error::ReadError;
+use crate::control::Control;
+use crate::model::limits::GRPC_MESSAGE_BYTES_MAX;
+use crate::wire::v1;
+
+use status::Refusal;
+
+/// How long a session may take to send its first frame.
+pub(crate) const OPEN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Returns once the node is on its way down.
+pub(crate) async fn drained(draining: &mut watch::Receiver<bool>) {
+    // The sender lives as long as the node; an error means that it is gone already.
+    let _ = draining.wait_for(|d| *d).await;
+}
+
+/// What `GetServerInfo` tells.
+#[derive(Debug, Clone)]
+pub struct ServerFacts {
+    pub node_name: String,
+    pub node_id: u64,
+    pub incarnation: u64,
+    pub started_us: u64,
+}
+
+/// What every service needs.
+pub struct Edge {
+    pub broker: Arc<Broker>,
+    pub control: Arc<Control>,
+    pub alarms: Alarms,
+    /// Sessions are tasks of this group; they end when it is drained.
+    pub tasks: Tasks,
+    /// True once the node is on its way down: clients are told to go away.
+    pub draining: watch::Receiver<bool>,
+    pub sessions_max: usize,
+    pub facts: ServerFacts,
+    sessions: Arc<AtomicUsize>,
+}
+
+/// A place among the open sessions; given back when dropped.
+pub struct SessionPlace {
+    sessions: Arc<AtomicUsize>,
+}
+
+impl Drop for SessionPlace {
+    fn drop(&mut self) {
+        let left = self.sessions.fetch_sub(1, Ordering::AcqRel) - 1;
+        metrics::gauge!(API_OPEN_SESSIONS).set(left as f64);
+    }
+}
+
+impl Edge {
+    /// See the fields.
+    pub fn new(
+        broker: Arc<Broker>,
+        control: Arc<Control>,
+        alarms: Alarms,
+        tasks: Tasks,
+        draining: watch::Receiver<bool>,
+        sessions_max: usize,
+        facts: ServerFacts,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            broker,
+            control,
+            alarms,
+            tasks,
+            draining,
+            sessions_max,
+            facts,
+            sessions: Arc::default(),
+        })
+    }
+
+    /// Refuses new work once the node is on its way down.
+    fn accepting(&self) -> Result<(), Refusal> {
+        if *self.draining.borrow() {
+            return Err(Refusal::stopping());
+        }
+        Ok(())
+    }
+
+    fn open_session(&self) -> Result<SessionPlace, Refusal> {
+        let open = self.sessions.fetch_add(1, Ordering::AcqRel) + 1;
+        let place = SessionPlace {
+            sessions: self.sessions.clone(),
+        };
+        if open > self.sessions_max {
+            return Err(ReadError::Overloaded { max: self.sessions_max }.into());
+        }
+        metrics::gauge!(API_OPEN_SESSIONS).set(open as f64);
+        Ok(place)
+    }
+}
+
+/// The services, with their message limits, to be added to a tonic server.
+pub fn routes(edge: Arc<Edge>) -> tonic::service::Routes {
+    let max = GRPC_MESSAGE_BYTES_MAX;
+    tonic::service::Routes::new(
+        v1::publish_service_server::PublishServiceServer::new(publish::Publish { edge: edge.clone() })
+            .max_decoding_message_size(max)
+            .max_encoding_message_size(max),
+    )
+    .add_service(
+        v1::read_service_server::ReadServiceServer::new(read::Read { edge: edge.clone() })
+            .max_decoding_message_size(max)
+            .max_encoding_message_size(max),
+    )
+    .add_service(
+        v1::stream_service_server::StreamServiceServer::new(admin::Streams { edge: edge.clone() })
+            .max_decoding_message_size(max)
+            .max_encoding_message_size(max),
+    )
+    .add_service(v1::server_service_server::ServerServiceServer::new(admin::Server {
+        edge,
+    }))
+}

@@ -1,0 +1,259 @@
+//! `ReadService`.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::Stream;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::status::Refusal;
+use super::{Edge, read_session};
+use crate::broker::ShardAccess;
+use crate::broker::cursor::Cursor;
+use crate::broker::error::ReadError;
+use crate::broker::lookup::{Found, Start};
+use crate::broker::reader::{OwnedRecord, ShardReader, Step};
+use crate::control::view::StreamView;
+use crate::model::subject::FilterSet;
+use crate::model::{Sequence, TimeUs};
+use crate::wire::v1;
+use crate::wire::v1::read_service_server::ReadService;
+
+const FETCH_MESSAGES: u32 = 100;
+const FETCH_MESSAGES_MAX: u32 = 1_000;
+const FETCH_BYTES: u32 = 1 << 20;
+const FETCH_BYTES_MAX: u32 = 8 << 20;
+const FETCH_WAIT_MAX: Duration = Duration::from_secs(30);
+/// Frames waiting to be sent to one client.
+const FRAMES: usize = 4;
+
+/// The service.
+pub struct Read {
+    pub(super) edge: Arc<Edge>,
+}
+
+type Frames = Pin<Box<dyn Stream<Item = Result<v1::ReadSessionResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl ReadService for Read {
+    async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+        self.edge.accepting()?;
+        Ok(Response::new(self.get_one(request.into_inner()).await?))
+    }
+
+    async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<v1::FetchResponse>, Status> {
+        self.edge.accepting()?;
+        Ok(Response::new(self.fetch_page(request.into_inner()).await?))
+    }
+
+    type ReadSessionStream = Frames;
+
+    async fn read_session(
+        &self,
+        request: Request<Streaming<v1::ReadSessionRequest>>,
+    ) -> Result<Response<Frames>, Status> {
+        self.edge.accepting()?;
+        let session = self.edge.open_session()?;
+        let (tx, rx) = mpsc::channel(FRAMES);
+        let edge = self.edge.clone();
+        let input = request.into_inner();
+        self.edge.tasks.spawn("read session", async move {
+            read_session::run(edge, input, tx).await;
+            drop(session);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+}
+
+/// A record in its decoded form.
+pub fn message_of(shard: u32, sequence: Sequence, append_time: TimeUs, record: OwnedRecord) -> v1::StoredMessage {
+    v1::StoredMessage {
+        message: Some(v1::Message {
+            subject: record.subject,
+            payload: record.payload,
+            headers: record
+                .headers
+                .into_iter()
+                .map(|(name, value)| v1::Header { name, value })
+                .collect(),
+            key: record.key,
+            message_id: record.message_id,
+            event_time_us: record.event_time.map(TimeUs::get),
+        }),
+        shard,
+        sequence: sequence.get(),
+        append_time_us: append_time.get(),
+    }
+}
+
+/// Filters of a request; none given means everything.
+pub fn filters_of(filters: &[String]) -> Result<Option<FilterSet>, Refusal> {
+    if filters.is_empty() {
+        return Ok(None);
+    }
+    let set = FilterSet::parse(filters).map_err(|e| Refusal::bad_request("BAD_FILTER", e.to_string()))?;
+    Ok((!set.is_all()).then_some(set))
+}
+
+/// Where each shard begins.
+pub async fn begin(
+    edge: &Edge,
+    stream: &StreamView,
+    accesses: &[ShardAccess],
+    start: Option<v1::StartPosition>,
+) -> Result<Vec<Sequence>, Refusal> {
+    use v1::start_position::At;
+    for access in accesses {
+        edge.broker.barrier(access).await?;
+    }
+    let start = match start.and_then(|s| s.at) {
+        None | Some(At::Beginning(_)) => Start::Beginning,
+        Some(At::New(_)) => Start::New,
+        Some(At::Sequence(sequence)) => Start::Sequence(Sequence::new(sequence)),
+        Some(At::TimeUs(time)) => Start::Time(TimeUs::new(time)),
+        Some(At::Last(n)) => Start::Last(n),
+        Some(At::Cursor(raw)) => {
+            let cursor = Cursor::decode(&raw).map_err(|e| ReadError::BadCursor(e.to_owned()))?;
+            if cursor.stream != stream.id || cursor.epoch != stream.epoch {
+                return Err(ReadError::BadCursor(format!(
+                    "it is of stream id {} epoch {}, stream {:?} has id {} epoch {} (was it made anew?)",
+                    cursor.stream, cursor.epoch, stream.spec.name, stream.id, stream.epoch
+                ))
+                .into());
+            }
+            // A shard the cursor does not know begins at its floor.
+            return Ok(accesses
+                .iter()
+                .map(|access| {
+                    cursor
+                        .next
+                        .iter()
+                        .find(|(index, _)| *index == access.place.index)
+                        .map_or(access.shared.positions().floor, |(_, next)| *next)
+                })
+                .collect());
+        }
+    };
+    let mut out = Vec::with_capacity(accesses.len());
+    for access in accesses {
+        out.push(edge.broker.start_of(access, start).await?);
+    }
+    Ok(out)
+}
+
+impl Read {
+    async fn get_one(&self, request: v1::GetRequest) -> Result<v1::GetResponse, Refusal> {
+        let broker = &self.edge.broker;
+        let stream = broker.stream(&request.namespace, &request.stream)?;
+        let found = match request.by {
+            Some(v1::get_request::By::Sequence(by)) => {
+                broker
+                    .get_by_sequence(&stream, by.shard, Sequence::new(by.sequence))
+                    .await
+            }
+            Some(v1::get_request::By::LastBySubject(by)) => broker.get_last_by_subject(&stream, &by.subject).await,
+            Some(v1::get_request::By::FirstAtTime(by)) => {
+                broker.get_first_at(&stream, by.shard, TimeUs::new(by.time_us)).await
+            }
+            None => {
+                return Err(Refusal::bad_request(
+                    "BAD_REQUEST",
+                    "say which message: sequence, last_by_subject or first_at_time",
+                ));
+            }
+        }
+        .map_err(|e| broker.noted(e))?;
+        let Found {
+            shard,
+            sequence,
+            append_time,
+            record,
+        } = found;
+        Ok(v1::GetResponse {
+            message: Some(message_of(shard, sequence, append_time, record)),
+            stream_id: stream.id.to_string(),
+            epoch: stream.epoch.get(),
+        })
+    }
+
+    async fn fetch_page(&self, request: v1::FetchRequest) -> Result<v1::FetchResponse, Refusal> {
+        let broker = &self.edge.broker;
+        let messages_max = match request.max_messages {
+            0 => FETCH_MESSAGES,
+            n if n <= FETCH_MESSAGES_MAX => n,
+            n => {
+                return Err(Refusal::bad_request(
+                    "BAD_REQUEST",
+                    format!("max_messages is 1 to {FETCH_MESSAGES_MAX} (0 means {FETCH_MESSAGES}), not {n}"),
+                ));
+            }
+        };
+        let bytes_max = match request.max_bytes {
+            0 => FETCH_BYTES,
+            n => n.min(FETCH_BYTES_MAX),
+        };
+        let wait = Duration::from_micros(request.wait_us).min(FETCH_WAIT_MAX);
+        let filters = filters_of(&request.filters)?;
+        let stream = broker.stream(&request.namespace, &request.stream)?;
+        let accesses = broker.shards_of(&stream, &request.shards)?;
+        let starts = begin(&self.edge, &stream, &accesses, request.start).await?;
+        let mut readers: Vec<(u32, ShardReader)> = accesses
+            .iter()
+            .zip(starts)
+            .map(|(access, next)| (access.place.index, broker.reader(access, next, filters.clone())))
+            .collect();
+        let deadline = tokio::time::Instant::now() + wait;
+        let mut messages = Vec::new();
+        let mut room = i64::from(bytes_max);
+        let mut caught_up;
+        loop {
+            caught_up = true;
+            for (shard, reader) in &mut readers {
+                while (messages.len() as u64) < u64::from(messages_max) && room > 0 {
+                    let left = u64::from(messages_max) - messages.len() as u64;
+                    match reader
+                        .step(left, u64::try_from(room).unwrap_or(1))
+                        .await
+                        .map_err(|e| broker.noted(e))?
+                    {
+                        Step::Deliver(delivery) => {
+                            for (sequence, record) in delivery.records()? {
+                                room -= record.payload.len() as i64 + record.subject.len() as i64 + 64;
+                                messages.push(message_of(*shard, sequence, delivery.append_time, record));
+                            }
+                        }
+                        Step::Skipped | Step::Truncated { .. } => {}
+                        Step::AtTail(_) => break,
+                    }
+                }
+                caught_up &= reader.next() >= reader.positions().tail;
+            }
+            if !messages.is_empty() || !caught_up || tokio::time::Instant::now() >= deadline {
+                break;
+            }
+            let mut changes: FuturesUnordered<_> = readers.iter_mut().map(|(_, r)| r.changed()).collect();
+            let mut draining = self.edge.draining.clone();
+            tokio::select! {
+                _ = changes.next() => {}
+                () = tokio::time::sleep_until(deadline) => break,
+                () = super::drained(&mut draining) => break,
+            }
+        }
+        let cursor = Cursor {
+            stream: stream.id,
+            epoch: stream.epoch,
+            next: readers.iter().map(|(shard, r)| (*shard, r.next())).collect(),
+        };
+        Ok(v1::FetchResponse {
+            messages,
+            cursor: cursor.encode(),
+            caught_up,
+            stream_id: stream.id.to_string(),
+            epoch: stream.epoch.get(),
+        })
+    }
+}

@@ -1,0 +1,330 @@
+//! One read session: credit in, batches out. The server keeps nothing for a client that does not read: it takes the
+//! next step only when there is credit and room in the connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc;
+use tonic::{Status, Streaming};
+
+use super::Edge;
+use super::read::{begin, filters_of};
+use super::status::Refusal;
+use crate::broker::cursor::Cursor;
+use crate::broker::error::ReadError;
+use crate::broker::reader::{Delivery, ShardReader, Step};
+use crate::control::view::StreamView;
+use crate::model::Sequence;
+use crate::wire::v1;
+use crate::wire::v1::read_session_request::Frame as In;
+use crate::wire::v1::read_session_response::Frame as Out;
+
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Largest batch frame, beyond which a stored batch is cut even if there is credit for all of it.
+const FRAME_BYTES: u64 = 9 << 20;
+
+type Output = mpsc::Sender<Result<v1::ReadSessionResponse, Status>>;
+
+struct Session {
+    edge: Arc<Edge>,
+    stream: Arc<StreamView>,
+    readers: Vec<(u32, ShardReader)>,
+    /// The reader to begin the next round with, so that no shard starves another.
+    turn: usize,
+    messages: u64,
+    bytes: u64,
+    stop_at_tail: bool,
+}
+
+/// Why a session ended.
+enum End {
+    /// The client is gone or has what it asked for.
+    Quiet,
+    Refused(Box<Refusal>),
+}
+
+impl From<Refusal> for End {
+    fn from(refusal: Refusal) -> Self {
+        End::Refused(Box::new(refusal))
+    }
+}
+
+/// Serves one session until either side ends it.
+pub async fn run(edge: Arc<Edge>, mut input: Streaming<v1::ReadSessionRequest>, output: Output) {
+    let end = match open(&edge, &mut input, &output).await {
+        Ok(mut session) => session.serve(&mut input, &output).await,
+        Err(end) => end,
+    };
+    if let End::Refused(refusal) = end {
+        // The client may be gone; then nobody needs the error.
+        let _ = output.send(Err(refusal.into_status())).await;
+    }
+}
+
+async fn send(output: &Output, frame: Out) -> Result<(), End> {
+    output
+        .send(Ok(v1::ReadSessionResponse { frame: Some(frame) }))
+        .await
+        .map_err(|_| End::Quiet)
+}
+
+async fn open(
+    edge: &Arc<Edge>,
+    input: &mut Streaming<v1::ReadSessionRequest>,
+    output: &Output,
+) -> Result<Session, End> {
+    let first = match tokio::time::timeout(super::OPEN_PATIENCE, input.message()).await {
+        Ok(Ok(Some(frame))) => frame,
+        Ok(Ok(None) | Err(_)) => return Err(End::Quiet),
+        Err(_) => {
+            return Err(Refusal::bad_request("NO_OPEN", "the session's first frame, `open`, did not come").into());
+        }
+    };
+    let Some(In::Open(open)) = first.frame else {
+        return Err(Refusal::bad_request("NO_OPEN", "a session's first frame must be `open`").into());
+    };
+    let filters = filters_of(&open.filters)?;
+    let stream = edge
+        .broker
+        .stream(&open.namespace, &open.stream)
+        .map_err(Refusal::from)?;
+    let accesses = edge.broker.shards_of(&stream, &open.shards).map_err(Refusal::from)?;
+    let starts = begin(edge, &stream, &accesses, open.start).await?;
+    let readers: Vec<(u32, ShardReader)> = accesses
+        .iter()
+        .zip(&starts)
+        .map(|(access, next)| (access.place.index, edge.broker.reader(access, *next, filters.clone())))
+        .collect();
+    let credit = open.credit.unwrap_or_default();
+    let opened = v1::ReadOpened {
+        stream_id: stream.id.to_string(),
+        epoch: stream.epoch.get(),
+        positions: readers.iter().map(|(shard, r)| position(*shard, r.next())).collect(),
+    };
+    send(output, Out::Opened(opened)).await?;
+    Ok(Session {
+        edge: edge.clone(),
+        stream,
+        readers,
+        turn: 0,
+        messages: credit.messages,
+        bytes: credit.bytes,
+        stop_at_tail: open.stop_at_tail,
+    })
+}
+
+fn position(shard: u32, sequence: Sequence) -> v1::ShardPosition {
+    v1::ShardPosition {
+        shard,
+        sequence: sequence.get(),
+    }
+}
+
+impl Session {
+    async fn serve(&mut self, input: &mut Streaming<v1::ReadSessionRequest>, output: &Output) -> End {
+        match self.try_serve(input, output).await {
+            Ok(()) => End::Quiet,
+            Err(end) => end,
+        }
+    }
+
+    async fn try_serve(&mut self, input: &mut Streaming<v1::ReadSessionRequest>, output: &Output) -> Result<(), End> {
+        let mut draining = self.edge.draining.clone();
+        let mut told_caught_up = false;
+        let mut last_sent = tokio::time::Instant::now();
+        loop {
+            if *draining.borrow() {
+                let away = v1::ReadGoAway {
+                    reason: "the node is stopping".into(),
+                    addresses: Vec::new(),
+                    cursor: self.cursor(),
+                };
+                return send(output, Out::GoAway(away)).await;
+            }
+            let mut moved = false;
+            if self.messages > 0 && self.bytes > 0 {
+                // What has come of credit is taken without waiting, the rest below.
+                moved = self.round(output).await?;
+            }
+            if moved {
+                last_sent = tokio::time::Instant::now();
+                told_caught_up = false;
+                // New credit must not wait until everything stored is sent.
+                while let Some(frame) = now_or_never(input) {
+                    self.take(frame?)?;
+                }
+                continue;
+            }
+            let caught_up = self.readers.iter().all(|(_, r)| r.next() >= r.positions().tail);
+            if caught_up && !told_caught_up {
+                told_caught_up = true;
+                let frame = v1::CaughtUp {
+                    tails: self.tails(),
+                    cursor: self.cursor(),
+                };
+                send(output, Out::CaughtUp(frame)).await?;
+                last_sent = tokio::time::Instant::now();
+                if self.stop_at_tail {
+                    return Ok(());
+                }
+                continue;
+            }
+            let hungry = self.messages == 0 || self.bytes == 0;
+            let mut changes: FuturesUnordered<_> = self.readers.iter_mut().map(|(_, r)| r.changed()).collect();
+            let beat = last_sent + HEARTBEAT;
+            tokio::select! {
+                _ = changes.next(), if !hungry => {}
+                frame = input.message() => {
+                    drop(changes);
+                    match frame {
+                        Ok(Some(frame)) => self.take(frame)?,
+                        // A client that has nothing more to grant may still want what it paid for.
+                        Ok(None) if hungry => return Ok(()),
+                        Ok(None) => return self.without_input(output).await,
+                        Err(_) => return Ok(()),
+                    }
+                }
+                () = tokio::time::sleep_until(beat) => {
+                    drop(changes);
+                    let frame = v1::Heartbeat {
+                        tails: self.tails(),
+                        time_us: self.edge.broker.clock().now_us(),
+                    };
+                    send(output, Out::Heartbeat(frame)).await?;
+                    last_sent = tokio::time::Instant::now();
+                }
+                () = super::drained(&mut draining) => {}
+                () = output.closed() => return Ok(()),
+            }
+        }
+    }
+
+    /// The client has closed its side: serve the credit that is left, then end.
+    async fn without_input(&mut self, output: &Output) -> Result<(), End> {
+        let mut draining = self.edge.draining.clone();
+        while self.messages > 0 && self.bytes > 0 && !*draining.borrow() {
+            if self.round(output).await? {
+                continue;
+            }
+            if self.stop_at_tail {
+                let frame = v1::CaughtUp {
+                    tails: self.tails(),
+                    cursor: self.cursor(),
+                };
+                return send(output, Out::CaughtUp(frame)).await;
+            }
+            let mut changes: FuturesUnordered<_> = self.readers.iter_mut().map(|(_, r)| r.changed()).collect();
+            tokio::select! {
+                _ = changes.next() => {}
+                () = super::drained(&mut draining) => {}
+                () = output.closed() => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, frame: v1::ReadSessionRequest) -> Result<(), End> {
+        match frame.frame {
+            Some(In::Credit(credit)) => {
+                self.messages = self.messages.saturating_add(credit.messages);
+                self.bytes = self.bytes.saturating_add(credit.bytes);
+                Ok(())
+            }
+            Some(In::Open(_)) => {
+                Err(Refusal::bad_request("ALREADY_OPEN", "a session is opened once, by its first frame").into())
+            }
+            None => Err(Refusal::bad_request(
+                "UNKNOWN_FRAME",
+                "the frame is neither `open` nor `credit`; this server may be older than the client",
+            )
+            .into()),
+        }
+    }
+
+    /// One step of each shard. True if anything was sent or skipped.
+    async fn round(&mut self, output: &Output) -> Result<bool, End> {
+        let mut moved = false;
+        let count = self.readers.len();
+        for n in 0..count {
+            if self.messages == 0 || self.bytes == 0 {
+                break;
+            }
+            let at = (self.turn + n) % count.max(1);
+            let broker = self.edge.broker.clone();
+            let Some((shard, reader)) = self.readers.get_mut(at) else {
+                break;
+            };
+            let shard = *shard;
+            let step = match reader.step(self.messages, self.bytes.min(FRAME_BYTES)).await {
+                Ok(step) => step,
+                Err(ReadError::Removed) => return Err(Refusal::from(ReadError::Removed).into()),
+                Err(e) => return Err(Refusal::from(broker.noted(e)).into()),
+            };
+            match step {
+                Step::Deliver(delivery) => {
+                    moved = true;
+                    self.messages = self.messages.saturating_sub(delivery.messages);
+                    self.bytes = self.bytes.saturating_sub(delivery.batch.len() as u64);
+                    let frame = frame_of(shard, delivery, self.cursor());
+                    send(output, Out::Batch(frame)).await?;
+                }
+                Step::Skipped => moved = true,
+                Step::Truncated { from, to } => {
+                    moved = true;
+                    let frame = v1::Truncated {
+                        shard,
+                        from: from.get(),
+                        to: to.get(),
+                    };
+                    send(output, Out::Truncated(frame)).await?;
+                }
+                Step::AtTail(_) => {}
+            }
+        }
+        self.turn = (self.turn + 1) % count.max(1);
+        Ok(moved)
+    }
+
+    fn tails(&self) -> Vec<v1::ShardPosition> {
+        self.readers
+            .iter()
+            .map(|(shard, r)| position(*shard, r.positions().tail))
+            .collect()
+    }
+
+    fn cursor(&self) -> bytes::Bytes {
+        Cursor {
+            stream: self.stream.id,
+            epoch: self.stream.epoch,
+            next: self.readers.iter().map(|(shard, r)| (*shard, r.next())).collect(),
+        }
+        .encode()
+    }
+}
+
+fn frame_of(shard: u32, delivery: Delivery, cursor: bytes::Bytes) -> v1::ReadBatch {
+    v1::ReadBatch {
+        shard,
+        base_sequence: delivery.base.get(),
+        append_time_us: delivery.append_time.get(),
+        term: delivery.term.get(),
+        batch: delivery.batch,
+        absent: delivery.absent,
+        sequence_offsets: delivery.offsets,
+        skip_below: delivery.skip_below.map(Sequence::get),
+        messages: u32::try_from(delivery.messages).unwrap_or(u32::MAX),
+        cursor,
+    }
+}
+
+/// A frame that has already come, if any.
+fn now_or_never(input: &mut Streaming<v1::ReadSessionRequest>) -> Option<Result<v1::ReadSessionRequest, End>> {
+    use futures_util::FutureExt;
+    match input.message().now_or_never()? {
+        Ok(Some(frame)) => Some(Ok(frame)),
+        // The end of the input is seen again by the next wait.
+        Ok(None) => None,
+        Err(_) => Some(Err(End::Quiet)),
+    }
+}

@@ -1,0 +1,214 @@
+//! The data plane: from a request to the shard that serves it, publishes into the log, reads out of it.
+
+pub mod cursor;
+pub mod error;
+mod expiry;
+pub mod ingest;
+pub mod lookup;
+pub mod reader;
+pub mod validate;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::base::alarms::{AlarmKind, Alarms};
+use crate::base::budget::ByteBudget;
+use crate::base::clock::Clock;
+use crate::base::tasks::Tasks;
+use crate::control::view::{ShardPlace, StreamView, View};
+use crate::raft::{Group, Groups, ShardShared};
+use crate::storage::Store;
+use crate::wire::v1;
+
+use error::{PublishError, ReadError, StreamError};
+use ingest::{Ingest, Item};
+
+/// A shard, found: where it is, what it publishes, who replicates it.
+#[derive(Clone)]
+pub struct ShardAccess {
+    pub place: ShardPlace,
+    pub shared: Arc<ShardShared>,
+    pub group: Group,
+}
+
+/// What the data plane is made of.
+pub struct Broker {
+    view: Arc<View>,
+    groups: Arc<Groups>,
+    store: Arc<Store>,
+    clock: Clock,
+    alarms: Alarms,
+    tasks: Tasks,
+    publish_memory: ByteBudget,
+    ingests: Mutex<HashMap<crate::model::ShardId, Ingest>>,
+}
+
+impl Broker {
+    /// `publish_memory` bounds the batches in hand from the edge to their ack.
+    pub fn start(
+        view: Arc<View>,
+        groups: Arc<Groups>,
+        store: Arc<Store>,
+        clock: Clock,
+        alarms: Alarms,
+        tasks: Tasks,
+        publish_memory: ByteBudget,
+    ) -> Arc<Self> {
+        let broker = Arc::new(Self {
+            view,
+            groups,
+            store,
+            clock,
+            alarms,
+            tasks,
+            publish_memory,
+            ingests: Mutex::default(),
+        });
+        broker
+            .tasks
+            .spawn_vital("expiry", expiry::run(broker.clone(), broker.tasks.token()));
+        broker
+    }
+
+    /// The cluster's streams.
+    pub fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    /// The replicas on this node.
+    pub fn groups(&self) -> &Arc<Groups> {
+        &self.groups
+    }
+
+    /// The node's storage.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// The node's clock.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Memory for publishes.
+    pub fn publish_memory(&self) -> &ByteBudget {
+        &self.publish_memory
+    }
+
+    /// A stream that can be used.
+    pub fn stream(&self, namespace: &str, name: &str) -> Result<Arc<StreamView>, StreamError> {
+        let namespace = namespace_or_default(namespace);
+        let stream = self.view.stream(namespace, name).ok_or_else(|| StreamError::NotFound {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+        })?;
+        usable(stream)
+    }
+
+    /// The stream that takes a subject.
+    pub fn stream_by_subject(&self, namespace: &str, subject: &str) -> Result<Arc<StreamView>, StreamError> {
+        let namespace = namespace_or_default(namespace);
+        let stream =
+            self.view
+                .stream_by_subject(namespace, subject)
+                .ok_or_else(|| StreamError::NoStreamForSubject {
+                    namespace: namespace.to_owned(),
+                    subject: subject.to_owned(),
+                })?;
+        usable(stream)
+    }
+
+    /// One shard of a stream.
+    pub fn shard(&self, stream: &StreamView, index: u32) -> Result<ShardAccess, StreamError> {
+        let place = *stream
+            .shards
+            .get(index as usize)
+            .ok_or_else(|| StreamError::NoSuchShard {
+                name: stream.spec.name.clone(),
+                shard: index,
+                shards: u32::try_from(stream.shards.len()).unwrap_or(u32::MAX),
+            })?;
+        let not_leader = || StreamError::NotLeader {
+            name: stream.spec.name.clone(),
+            shard: index,
+            leader: None,
+        };
+        Ok(ShardAccess {
+            place,
+            shared: self.groups.directory().get(place.shard).ok_or_else(not_leader)?,
+            group: self.groups.get(place.group).ok_or_else(not_leader)?,
+        })
+    }
+
+    /// Refuses what must not be taken now: little disk left, damaged data.
+    pub fn admit(&self) -> Result<(), PublishError> {
+        let space = self.store.space();
+        if space.low {
+            let refusal = PublishError::DiskLow {
+                free: space.free,
+                needed: self.store.options().min_free_bytes,
+            };
+            // Whoever is refused must find the alarm on, not a moment later.
+            self.alarms.raise(AlarmKind::DiskLow, refusal.to_string());
+            return Err(refusal);
+        }
+        if let Some(damage) = self.store.damage().first() {
+            return Err(PublishError::Damaged(damage.what.clone()));
+        }
+        if let Some(poison) = self.store.poisoned().borrow().as_ref() {
+            return Err(PublishError::Damaged(poison.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Hands a validated batch to its shard. The outcome comes through the item's reply channel, always.
+    pub fn submit(&self, access: &ShardAccess, item: Item) {
+        let ingest = {
+            let mut ingests = self.ingests.lock();
+            match ingests.get(&access.place.shard) {
+                Some(ingest) if !ingest.is_closed() => ingest.clone(),
+                Some(_) | None => {
+                    let (ingest, task) = Ingest::new(
+                        access.place.shard,
+                        access.group.clone(),
+                        self.clock.clone(),
+                        self.tasks.token(),
+                    );
+                    self.tasks.spawn(format!("ingest {}", access.place.shard), task);
+                    ingests.insert(access.place.shard, ingest.clone());
+                    ingest
+                }
+            }
+        };
+        ingest.submit(item);
+    }
+
+    /// Notes damage that a read found, so that health reports it. Gives the error back.
+    pub fn noted(&self, e: ReadError) -> ReadError {
+        if let ReadError::Damaged(what) = &e {
+            tracing::error!(%what, "stored data is damaged");
+            self.alarms.raise(AlarmKind::Damaged, what.clone());
+        }
+        e
+    }
+}
+
+/// An empty namespace means "default".
+pub fn namespace_or_default(namespace: &str) -> &str {
+    if namespace.is_empty() { "default" } else { namespace }
+}
+
+fn usable(stream: Arc<StreamView>) -> Result<Arc<StreamView>, StreamError> {
+    match stream.state {
+        v1::StreamState::Active => Ok(stream),
+        v1::StreamState::Creating => Err(StreamError::Creating {
+            name: stream.spec.name.clone(),
+        }),
+        v1::StreamState::Removed | v1::StreamState::Unspecified => Err(StreamError::NotFound {
+            namespace: stream.spec.namespace.clone(),
+            name: stream.spec.name.clone(),
+        }),
+    }
+}

@@ -1,0 +1,245 @@
+//! Streams for people and programs.
+
+use comfy_table::Table;
+use serde_json::{Value, json};
+
+use crate::cli::output;
+use crate::cli::units::{show_count, show_duration_us, show_size, show_time_us};
+use crate::client::proto::{DiscardPolicy, Partitioning, Stream, StreamState, partitioning::By};
+
+fn state(stream: &Stream) -> &'static str {
+    match stream.state() {
+        StreamState::Unspecified => "unknown",
+        StreamState::Creating => "creating",
+        StreamState::Active => "active",
+        StreamState::Removed => "removed",
+    }
+}
+
+fn partitioning(p: Option<&Partitioning>) -> String {
+    match p.and_then(|p| p.by.as_ref()) {
+        None | Some(By::Subject(_)) => "subject".to_owned(),
+        Some(By::Key(_)) => "key".to_owned(),
+        Some(By::SubjectTokens(t)) => {
+            let positions: Vec<_> = t.positions.iter().map(u32::to_string).collect();
+            format!("tokens:{}", positions.join(","))
+        }
+    }
+}
+
+fn total(stream: &Stream) -> (u64, u64) {
+    (
+        stream.shards.iter().map(|s| s.messages).sum(),
+        stream.shards.iter().map(|s| s.bytes).sum(),
+    )
+}
+
+pub(super) fn list(streams: &[Stream]) -> Table {
+    let mut table = output::table(&[
+        "name",
+        "subjects",
+        ">shards",
+        ">messages",
+        ">size",
+        "last message",
+        "created",
+        "state",
+    ]);
+    for stream in streams {
+        let spec = stream.spec.clone().unwrap_or_default();
+        let (messages, bytes) = total(stream);
+        let last = stream.shards.iter().filter_map(|s| s.last_time_us).max();
+        table.add_row([
+            spec.name,
+            spec.subjects.join(", "),
+            spec.shards.to_string(),
+            show_count(messages),
+            show_size(bytes),
+            last.map(show_time_us).unwrap_or_default(),
+            show_time_us(stream.created_us),
+            state(stream).to_owned(),
+        ]);
+    }
+    table
+}
+
+pub(super) fn describe(stream: &Stream) -> String {
+    let spec = stream.spec.clone().unwrap_or_default();
+    let limits = spec.limits.unwrap_or_default();
+    let (messages, bytes) = total(stream);
+    let unlimited = || "no limit".to_owned();
+    let mut pairs = vec![
+        ("name", spec.name),
+        ("namespace", spec.namespace),
+        (
+            "id",
+            format!(
+                "{} (epoch {}, revision {})",
+                stream.stream_id, stream.epoch, stream.revision
+            ),
+        ),
+        ("state", state(stream).to_owned()),
+    ];
+    if let Some(until) = stream.removed_until_us {
+        pairs.push(("kept until", show_time_us(until)));
+    }
+    if !spec.description.is_empty() {
+        pairs.push(("description", spec.description));
+    }
+    pairs.extend([
+        ("created", show_time_us(stream.created_us)),
+        ("subjects", spec.subjects.join("\n")),
+        (
+            "shards",
+            format!("{}, by {}", spec.shards, partitioning(spec.partitioning.as_ref())),
+        ),
+        ("replicas", spec.replicas.to_string()),
+        ("messages", show_count(messages)),
+        ("size", show_size(bytes)),
+        (
+            "max age",
+            limits.max_age_us.map(show_duration_us).unwrap_or_else(unlimited),
+        ),
+        (
+            "max bytes",
+            limits
+                .max_bytes
+                .map(|b| format!("{} per shard", show_size(b)))
+                .unwrap_or_else(unlimited),
+        ),
+        (
+            "max messages",
+            limits
+                .max_messages
+                .map(|n| format!("{} per shard", show_count(n)))
+                .unwrap_or_else(unlimited),
+        ),
+        (
+            "max message size",
+            limits
+                .max_message_bytes
+                .map(|b| show_size(b.into()))
+                .unwrap_or_else(|| "the server's limit".to_owned()),
+        ),
+        (
+            "when full",
+            match limits.discard() {
+                DiscardPolicy::Unspecified | DiscardPolicy::Old => "the oldest messages make room",
+                DiscardPolicy::New => "new messages are refused",
+            }
+            .to_owned(),
+        ),
+        (
+            "message ids",
+            match spec.duplicate_window_us {
+                Some(0) => "not remembered".to_owned(),
+                Some(us) => format!("remembered for {}", show_duration_us(us)),
+                None => "remembered for 2m".to_owned(),
+            },
+        ),
+    ]);
+    for (key, value) in spec.metadata {
+        pairs.push(("metadata", format!("{key}={value}")));
+    }
+    output::pairs(&pairs)
+}
+
+pub(super) fn shards(stream: &Stream) -> Table {
+    let mut table = output::table(&[
+        ">shard",
+        ">first",
+        ">next",
+        ">messages",
+        ">size",
+        "leader",
+        "replicas",
+        "last message",
+    ]);
+    for shard in &stream.shards {
+        let replicas: Vec<_> = shard
+            .replicas
+            .iter()
+            .map(|r| format!("node {} {}{}", r.node_id, r.state, lag(r.lag_entries)))
+            .collect();
+        table.add_row([
+            shard.index.to_string(),
+            shard.floor.to_string(),
+            shard.tail.to_string(),
+            show_count(shard.messages),
+            show_size(shard.bytes),
+            shard
+                .leader_node
+                .map(|n| format!("node {n} (term {})", shard.term))
+                .unwrap_or_else(|| "none".to_owned()),
+            replicas.join(", "),
+            shard.last_time_us.map(show_time_us).unwrap_or_default(),
+        ]);
+    }
+    table
+}
+
+fn lag(entries: u64) -> String {
+    if entries == 0 {
+        String::new()
+    } else {
+        format!(" ({} behind)", show_count(entries))
+    }
+}
+
+pub(super) fn json(stream: &Stream) -> Value {
+    let spec = stream.spec.clone().unwrap_or_default();
+    let limits = spec.limits.unwrap_or_default();
+    let shards: Vec<_> = stream
+        .shards
+        .iter()
+        .map(|s| {
+            let replicas: Vec<_> = s
+                .replicas
+                .iter()
+                .map(|r| {
+                    json!({
+                        "replica_id": r.replica_id, "node_id": r.node_id, "leader": r.leader, "state": r.state,
+                        "lag_entries": r.lag_entries,
+                    })
+                })
+                .collect();
+            json!({
+                "index": s.index, "shard_id": s.shard_id, "group_id": s.group_id, "leader_node": s.leader_node,
+                "term": s.term, "floor": s.floor, "tail": s.tail, "messages": s.messages, "bytes": s.bytes,
+                "first_time_us": s.first_time_us, "last_time_us": s.last_time_us, "replicas": replicas,
+            })
+        })
+        .collect();
+    let (messages, bytes) = total(stream);
+    json!({
+        "name": spec.name,
+        "namespace": spec.namespace,
+        "stream_id": stream.stream_id,
+        "epoch": stream.epoch,
+        "revision": stream.revision,
+        "state": state(stream),
+        "removed_until_us": stream.removed_until_us,
+        "created_us": stream.created_us,
+        "description": spec.description,
+        "subjects": spec.subjects,
+        "partition_by": partitioning(spec.partitioning.as_ref()),
+        "replicas": spec.replicas,
+        "dedicated": spec.dedicated,
+        "limits": {
+            "max_age_us": limits.max_age_us,
+            "max_bytes": limits.max_bytes,
+            "max_messages": limits.max_messages,
+            "max_message_bytes": limits.max_message_bytes,
+            "discard": match limits.discard() {
+                DiscardPolicy::Unspecified | DiscardPolicy::Old => "old",
+                DiscardPolicy::New => "new",
+            },
+        },
+        "duplicate_window_us": spec.duplicate_window_us,
+        "duplicate_ids_max": spec.duplicate_ids_max,
+        "metadata": spec.metadata,
+        "messages": messages,
+        "bytes": bytes,
+        "shards": shards,
+    })
+}

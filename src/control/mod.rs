@@ -1,0 +1,472 @@
+//! The control plane: the meta group, the view of it, and the reconciler that makes what the meta group says true on
+//! this node.
+
+mod reconcile;
+pub mod view;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message;
+
+use crate::base::RetryClass;
+use crate::base::alarms::Alarms;
+use crate::base::clock::Clock;
+use crate::base::tasks::Tasks;
+use crate::machine::{GroupOutcome, MetaOutcome, MetaRefusal};
+use crate::model::{GroupId, NodeId, ReplicaId, Revision, Sequence, ShardId, StreamId};
+use crate::raft::{Applied, Group, Groups, ProposeError};
+use crate::wire::{internal as pb, spec, v1};
+
+use view::{StreamView, View};
+
+/// How long an admin call waits for its effect to be in place everywhere it must be.
+const SETTLE: Duration = Duration::from_secs(10);
+/// How long a removed stream is kept unless the call says otherwise.
+pub const GRACE_DEFAULT_US: u64 = 3_600_000_000;
+/// How long a node waits for a group at its start.
+const START: Duration = Duration::from_secs(30);
+
+/// Why an admin call did not do what it was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum AdminError {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("there is no stream {name:?} in namespace {namespace:?}; `mainstem stream ls` shows those there are")]
+    NotFound { namespace: String, name: String },
+    #[error("{0}")]
+    Refused(MetaRefusal),
+    #[error(transparent)]
+    Propose(#[from] ProposeError),
+    #[error("the cluster's metadata is not ready on this node: {0}")]
+    NotReady(String),
+    #[error("{0}")]
+    Timeout(String),
+    #[error("the node is stopping")]
+    Stopping,
+}
+
+impl AdminError {
+    pub fn reason(&self) -> &'static str {
+        match self {
+            AdminError::Invalid(_) => "BAD_SPEC",
+            AdminError::NotFound { .. } => "STREAM_NOT_FOUND",
+            AdminError::Refused(refusal) => refusal.reason(),
+            AdminError::Propose(ProposeError::NotLeader { .. }) => "NOT_LEADER",
+            AdminError::Propose(ProposeError::Stopped { .. }) => "GROUP_STOPPED",
+            AdminError::Propose(ProposeError::Unknown { .. }) => "OUTCOME_UNKNOWN",
+            AdminError::NotReady(_) => "NOT_READY",
+            AdminError::Timeout(_) => "NOT_SETTLED",
+            AdminError::Stopping => "STOPPING",
+        }
+    }
+
+    pub fn retry_class(&self) -> RetryClass {
+        match self {
+            AdminError::Invalid(_) | AdminError::NotFound { .. } => RetryClass::CannotWork,
+            AdminError::Refused(refusal) => refusal.retry(),
+            AdminError::Propose(e) => e.retry_class(),
+            AdminError::NotReady(_) | AdminError::Stopping => RetryClass::DidNotHappen,
+            AdminError::Timeout(_) => RetryClass::MayHaveHappened,
+        }
+    }
+
+    /// The value found where one was expected.
+    pub fn actual(&self) -> Option<u64> {
+        match self {
+            AdminError::Refused(MetaRefusal::RevisionMismatch { actual, .. }) => Some(actual.get()),
+            AdminError::Refused(_)
+            | AdminError::Invalid(_)
+            | AdminError::NotFound { .. }
+            | AdminError::Propose(_)
+            | AdminError::NotReady(_)
+            | AdminError::Timeout(_)
+            | AdminError::Stopping => None,
+        }
+    }
+}
+
+/// What a purge removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PurgeUpto {
+    Everything,
+    Before(Sequence),
+    Keep(u64),
+}
+
+/// What a node brings when it starts.
+#[derive(Debug, Clone)]
+pub struct NodeFacts {
+    pub node: NodeId,
+    pub name: String,
+    pub incarnation: u64,
+    pub client_address: String,
+    pub cluster_name: String,
+    /// Groups shared by ordinary streams; fixed when the cluster is made.
+    pub pool_groups: u32,
+}
+
+fn odd_answer() -> AdminError {
+    AdminError::NotReady("the meta group answered a command with something else".into())
+}
+
+/// The stream that an outcome tells.
+fn stream_of(outcome: MetaOutcome) -> Result<Arc<pb::StreamRecord>, Option<MetaRefusal>> {
+    match outcome {
+        MetaOutcome::StreamCreated(stream)
+        | MetaOutcome::StreamExisted(stream)
+        | MetaOutcome::StreamActivated(stream)
+        | MetaOutcome::StreamUpdated(stream)
+        | MetaOutcome::StreamRemoved(stream)
+        | MetaOutcome::StreamUndeleted(stream)
+        | MetaOutcome::StreamDoomed(stream)
+        | MetaOutcome::StreamForgotten(stream) => Ok(stream),
+        MetaOutcome::Refused(refusal) => Err(Some(refusal)),
+        MetaOutcome::ClusterInitialised { .. } | MetaOutcome::NodeRegistered { .. } => Err(None),
+    }
+}
+
+/// The control plane of a node.
+pub struct Control {
+    view: Arc<View>,
+    groups: Arc<Groups>,
+    clock: Clock,
+    alarms: Alarms,
+    facts: NodeFacts,
+}
+
+impl Control {
+    /// Starts the meta group and every group that has a replica here, makes the cluster on the first start, and
+    /// returns when all of them lead and have applied their logs.
+    pub async fn start(
+        view: Arc<View>,
+        groups: Arc<Groups>,
+        clock: Clock,
+        alarms: Alarms,
+        facts: NodeFacts,
+        tasks: &Tasks,
+    ) -> Result<Arc<Self>, AdminError> {
+        // The meta group's replica on a node that founds a cluster is always replica 1.
+        let meta = groups.start(GroupId::META, ReplicaId::new(1)).await?;
+        meta.wait_ready(START).await?;
+        let control = Arc::new(Self {
+            view,
+            groups,
+            clock,
+            alarms,
+            facts,
+        });
+        control.found_cluster().await?;
+        control.register_node().await?;
+        control.start_groups().await?;
+        for group in control.groups.all() {
+            group.wait_ready(START).await?;
+        }
+        tasks.spawn_vital("reconciler", reconcile::run(control.clone(), tasks.token()));
+        Ok(control)
+    }
+
+    /// The cluster's streams.
+    pub fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    fn meta(&self) -> Result<Group, AdminError> {
+        self.groups
+            .get(GroupId::META)
+            .ok_or_else(|| AdminError::NotReady("the meta group does not run here".into()))
+    }
+
+    async fn propose_meta(&self, request_id: String, op: pb::meta_command::Op) -> Result<MetaOutcome, AdminError> {
+        let command = pb::GroupCommand {
+            feature_level: crate::machine::FEATURE_LEVEL,
+            op: Some(pb::group_command::Op::Meta(pb::MetaCommand {
+                time_us: self.clock.now_us(),
+                request_id,
+                op: Some(op),
+            })),
+        };
+        let (_, _, applied) = self
+            .meta()?
+            .propose(command.encode_to_vec().into())
+            .await?
+            .wait()
+            .await?;
+        match applied {
+            Applied::Command(GroupOutcome::Meta(outcome)) => Ok(outcome),
+            Applied::Command(_) | Applied::Done => Err(odd_answer()),
+        }
+    }
+
+    async fn propose_shard(&self, group: &Group, op: pb::group_command::Op) -> Result<Applied, ProposeError> {
+        let command = pb::GroupCommand {
+            feature_level: crate::machine::FEATURE_LEVEL,
+            op: Some(op),
+        };
+        let (_, _, applied) = group.propose(command.encode_to_vec().into()).await?.wait().await?;
+        Ok(applied)
+    }
+
+    async fn found_cluster(&self) -> Result<(), AdminError> {
+        if self.view.cluster().is_some() {
+            return Ok(());
+        }
+        self.propose_meta(
+            String::new(),
+            pb::meta_command::Op::InitCluster(pb::InitCluster {
+                cluster_id: uuid::Uuid::now_v7().simple().to_string(),
+                cluster_name: self.facts.cluster_name.clone(),
+                pool_groups: self.facts.pool_groups,
+            }),
+        )
+        .await?;
+        Ok(())
+    }
+
+    async fn register_node(&self) -> Result<(), AdminError> {
+        self.propose_meta(
+            String::new(),
+            pb::meta_command::Op::RegisterNode(pb::RegisterNode {
+                node_id: self.facts.node.get(),
+                name: self.facts.name.clone(),
+                incarnation: self.facts.incarnation,
+                client_address: self.facts.client_address.clone(),
+            }),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Starts every group that has a replica on this node and does not run yet.
+    async fn start_groups(&self) -> Result<(), ProposeError> {
+        for place in self.view.groups() {
+            for (replica, node) in &place.replicas {
+                if *node == self.facts.node && self.groups.get(place.group).is_none() {
+                    self.groups.start(place.group, *replica).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn refused(namespace: &str, name: &str, refusal: MetaRefusal) -> AdminError {
+        if matches!(refusal, MetaRefusal::NotFound { .. }) {
+            return AdminError::NotFound {
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+            };
+        }
+        AdminError::Refused(refusal)
+    }
+
+    /// Creates a stream and waits until its shards take publishes. True if it was there already.
+    pub async fn create_stream(
+        &self,
+        asked: v1::StreamSpec,
+        request_id: String,
+    ) -> Result<(Arc<StreamView>, bool), AdminError> {
+        let spec = spec::normalise(&asked).map_err(|e| AdminError::Invalid(e.to_string()))?;
+        let (namespace, name) = (spec.namespace.clone(), spec.name.clone());
+        let outcome = self
+            .propose_meta(
+                request_id,
+                pb::meta_command::Op::CreateStream(pb::CreateStream {
+                    stream_id: uuid::Uuid::now_v7().simple().to_string(),
+                    spec: Some(spec),
+                }),
+            )
+            .await?;
+        let existed = matches!(outcome, MetaOutcome::StreamExisted(_));
+        let stream = self
+            .changed(&namespace, &name, outcome, |s| s.state != v1::StreamState::Creating)
+            .await?;
+        Ok((stream, existed))
+    }
+
+    /// Waits until this node's view and shards have what a change asked for.
+    async fn settled(
+        &self,
+        record: &pb::StreamRecord,
+        done: impl Fn(&StreamView) -> bool,
+    ) -> Result<Arc<StreamView>, AdminError> {
+        let id = StreamId::parse(&record.stream_id)
+            .ok_or_else(|| AdminError::NotReady("the meta group gave an id that is none".into()))?;
+        let mut changes = self.view.watch();
+        let wait = async {
+            loop {
+                if let Some(stream) = self.view.stream_by_id(id)
+                    && stream.revision >= Revision::new(record.revision)
+                    && done(&stream)
+                {
+                    return stream;
+                }
+                if changes.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout(SETTLE, wait).await.map_err(|_| {
+            AdminError::Timeout(format!(
+                "the change is committed, but it did not take effect within {} s; `mainstem stream info` shows its state",
+                SETTLE.as_secs()
+            ))
+        })
+    }
+
+    /// A stream by name, after a barrier: what is not found does not exist.
+    pub async fn find(&self, namespace: &str, name: &str) -> Result<Arc<StreamView>, AdminError> {
+        if let Some(stream) = self.view.stream(namespace, name) {
+            return Ok(stream);
+        }
+        self.meta()?
+            .read_barrier()
+            .await
+            .map_err(|e| AdminError::NotReady(e.to_string()))?;
+        self.view.stream(namespace, name).ok_or_else(|| AdminError::NotFound {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+        })
+    }
+
+    /// Changes the fields that `paths` name.
+    pub async fn update_stream(
+        &self,
+        asked: v1::StreamSpec,
+        paths: &[String],
+        expected_revision: Option<u64>,
+        request_id: String,
+    ) -> Result<Arc<StreamView>, AdminError> {
+        let namespace = if asked.namespace.is_empty() {
+            "default".to_owned()
+        } else {
+            asked.namespace.clone()
+        };
+        let name = asked.name.clone();
+        let current = self.find(&namespace, &name).await?;
+        if expected_revision.is_some_and(|expected| expected != current.revision.get()) {
+            return Err(AdminError::Refused(MetaRefusal::RevisionMismatch {
+                name,
+                actual: current.revision,
+            }));
+        }
+        let spec = spec::apply_mask(&current.spec, &asked, paths).map_err(|e| AdminError::Invalid(e.to_string()))?;
+        let outcome = self
+            .propose_meta(
+                request_id,
+                pb::meta_command::Op::UpdateStream(pb::UpdateStream {
+                    namespace: namespace.clone(),
+                    name: name.clone(),
+                    spec: Some(spec),
+                    base_revision: current.revision.get(),
+                }),
+            )
+            .await?;
+        self.changed(&namespace, &name, outcome, |_| true).await
+    }
+
+    async fn changed(
+        &self,
+        namespace: &str,
+        name: &str,
+        outcome: MetaOutcome,
+        done: impl Fn(&StreamView) -> bool,
+    ) -> Result<Arc<StreamView>, AdminError> {
+        let record = stream_of(outcome).map_err(|refusal| match refusal {
+            Some(refusal) => Self::refused(namespace, name, refusal),
+            None => odd_answer(),
+        })?;
+        self.settled(&record, done).await
+    }
+
+    /// Removes a stream. Its data stays for the grace period.
+    pub async fn remove_stream(
+        &self,
+        namespace: &str,
+        name: &str,
+        grace_us: Option<u64>,
+        expected_revision: Option<u64>,
+        request_id: String,
+    ) -> Result<Arc<StreamView>, AdminError> {
+        let outcome = self
+            .propose_meta(
+                request_id,
+                pb::meta_command::Op::RemoveStream(pb::RemoveStream {
+                    namespace: namespace.to_owned(),
+                    name: name.to_owned(),
+                    grace_us: grace_us.unwrap_or(GRACE_DEFAULT_US),
+                    expected_revision,
+                }),
+            )
+            .await?;
+        let record = stream_of(outcome).map_err(|refusal| match refusal {
+            Some(refusal) => Self::refused(namespace, name, refusal),
+            None => odd_answer(),
+        })?;
+        // The reconciler may have forgotten it before the view is looked at here: what was removed is told as it was.
+        StreamView::compile(&record).map(Arc::new).map_err(AdminError::NotReady)
+    }
+
+    /// Brings a removed stream back.
+    pub async fn undelete_stream(
+        &self,
+        namespace: &str,
+        name: &str,
+        stream_id: Option<String>,
+        request_id: String,
+    ) -> Result<Arc<StreamView>, AdminError> {
+        let outcome = self
+            .propose_meta(
+                request_id,
+                pb::meta_command::Op::UndeleteStream(pb::UndeleteStream {
+                    namespace: namespace.to_owned(),
+                    name: name.to_owned(),
+                    stream_id,
+                }),
+            )
+            .await?;
+        self.changed(namespace, name, outcome, |s| s.state != v1::StreamState::Creating)
+            .await
+    }
+
+    /// Removes messages of a shard. Returns how many.
+    pub async fn purge_shard(
+        &self,
+        group: &Group,
+        shard: ShardId,
+        upto: PurgeUpto,
+        filter: &str,
+    ) -> Result<u64, AdminError> {
+        if !filter.is_empty() {
+            crate::model::subject::Filter::parse(filter).map_err(|e| AdminError::Invalid(e.to_string()))?;
+        }
+        let (before_sequence, keep) = match upto {
+            PurgeUpto::Everything => (None, None),
+            PurgeUpto::Before(sequence) => (Some(sequence.get()), None),
+            PurgeUpto::Keep(n) => (None, Some(n)),
+        };
+        let mut purged = 0;
+        let mut next = pb::Purge {
+            shard_id: shard.get(),
+            before_sequence,
+            keep,
+            filter: filter.to_owned(),
+            ..pb::Purge::default()
+        };
+        loop {
+            let applied = self.propose_shard(group, pb::group_command::Op::Purge(next)).await?;
+            match applied {
+                Applied::Command(GroupOutcome::Purged(outcome)) => {
+                    let outcome = outcome.map_err(|e| AdminError::Invalid(e.to_string()))?;
+                    purged += outcome.messages;
+                    match outcome.next {
+                        None => return Ok(purged),
+                        Some(more) => next = more,
+                    }
+                }
+                Applied::Command(_) | Applied::Done => {
+                    return Err(AdminError::NotReady("the shard was removed".into()));
+                }
+            }
+        }
+    }
+}

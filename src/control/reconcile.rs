@@ -1,0 +1,188 @@
+//! Makes what the meta group says true on this node: groups run, shards exist and have their stream's settings, streams
+//! whose shards are in place become active, removed ones go when their grace ends. It looks at the whole view after
+//! every change, so nothing is lost when it is interrupted: every step is idempotent and is seen again.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::Control;
+use super::view::{ShardPlace, StreamView};
+use crate::model::{Revision, ShardId};
+use crate::raft::ProposeError;
+use crate::wire::spec::shard_config;
+use crate::wire::{internal as pb, v1};
+
+/// Also without a change, for graces that end and steps that failed.
+const AT_LEAST_EVERY: Duration = Duration::from_secs(1);
+
+pub(super) async fn run(control: Arc<Control>, token: CancellationToken) {
+    let mut changes = control.view.watch();
+    loop {
+        changes.borrow_and_update();
+        if let Err(e) = round(&control).await {
+            tracing::warn!(error = %e, "reconciling stopped short; it is tried again");
+        }
+        tokio::select! {
+            () = token.cancelled() => return,
+            _ = changes.changed() => {}
+            () = tokio::time::sleep(AT_LEAST_EVERY) => {}
+        }
+    }
+}
+
+async fn round(control: &Control) -> Result<(), ProposeError> {
+    control.start_groups().await?;
+    for stream in control.view.all_streams() {
+        match stream.state {
+            v1::StreamState::Creating => create(control, &stream).await?,
+            v1::StreamState::Active => update(control, &stream).await?,
+            v1::StreamState::Removed => forget(control, &stream).await?,
+            v1::StreamState::Unspecified => {}
+        }
+    }
+    quarantine(control);
+    Ok(())
+}
+
+fn config_of(stream: &StreamView, place: &ShardPlace) -> pb::ShardConfig {
+    shard_config(&stream.spec, &stream.id.to_string(), stream.epoch.get(), place.index)
+}
+
+fn revision_here(control: &Control, shard: ShardId) -> Option<Revision> {
+    control.groups.directory().get(shard).map(|s| s.positions().revision)
+}
+
+async fn create(control: &Control, stream: &StreamView) -> Result<(), ProposeError> {
+    for place in &stream.shards {
+        if revision_here(control, place.shard).is_some() {
+            continue;
+        }
+        let Some(group) = control.groups.get(place.group) else {
+            // Its group starts in this round or the next.
+            return Ok(());
+        };
+        group.wait_ready(super::START).await?;
+        control
+            .propose_shard(
+                &group,
+                pb::group_command::Op::CreateShard(pb::CreateShard {
+                    shard_id: place.shard.get(),
+                    config: Some(config_of(stream, place)),
+                }),
+            )
+            .await?;
+    }
+    let outcome = control
+        .propose_meta(
+            String::new(),
+            pb::meta_command::Op::ActivateStream(pb::ActivateStream {
+                stream_id: stream.id.to_string(),
+            }),
+        )
+        .await;
+    if let Err(e) = outcome {
+        tracing::warn!(stream = %stream.spec.name, error = %e, "a stream could not be activated; it is tried again");
+    }
+    Ok(())
+}
+
+async fn update(control: &Control, stream: &StreamView) -> Result<(), ProposeError> {
+    for place in &stream.shards {
+        let Some(here) = revision_here(control, place.shard) else {
+            continue;
+        };
+        if here >= stream.revision {
+            continue;
+        }
+        let Some(group) = control.groups.get(place.group) else {
+            continue;
+        };
+        control
+            .propose_shard(
+                &group,
+                pb::group_command::Op::UpdateShard(pb::UpdateShard {
+                    shard_id: place.shard.get(),
+                    config: Some(config_of(stream, place)),
+                    revision: stream.revision.get(),
+                }),
+            )
+            .await?;
+    }
+    Ok(())
+}
+
+async fn forget(control: &Control, stream: &StreamView) -> Result<(), ProposeError> {
+    if !stream.doomed {
+        // A clock that jumped must not end a grace early.
+        let Some(now) = control.clock.expiry_now_us() else {
+            return Ok(());
+        };
+        if now >= stream.removed_until.get() {
+            propose_forget(control, stream, false).await;
+        }
+        // The rest is done when the view has it: from there on there is no way back.
+        return Ok(());
+    }
+    for place in &stream.shards {
+        if revision_here(control, place.shard).is_none() {
+            continue;
+        }
+        let Some(group) = control.groups.get(place.group) else {
+            return Ok(());
+        };
+        control
+            .propose_shard(
+                &group,
+                pb::group_command::Op::RemoveShard(pb::RemoveShard {
+                    shard_id: place.shard.get(),
+                }),
+            )
+            .await?;
+    }
+    propose_forget(control, stream, true).await;
+    Ok(())
+}
+
+async fn propose_forget(control: &Control, stream: &StreamView, dropped: bool) {
+    let outcome = control
+        .propose_meta(
+            String::new(),
+            pb::meta_command::Op::ForgetStream(pb::ForgetStream {
+                stream_id: stream.id.to_string(),
+                dropped,
+            }),
+        )
+        .await;
+    if let Err(e) = outcome {
+        tracing::warn!(stream = %stream.spec.name, error = %e, "a removed stream could not be forgotten; it is tried again");
+    }
+}
+
+/// Shards that no stream names are reported, never removed.
+fn quarantine(control: &Control) {
+    let known: HashSet<ShardId> = control
+        .view
+        .all_streams()
+        .iter()
+        .flat_map(|s| s.shards.iter().map(|p| p.shard))
+        .collect();
+    let unknown: Vec<String> = control
+        .groups
+        .directory()
+        .all()
+        .iter()
+        .filter(|s| !known.contains(&s.shard))
+        .map(|s| s.shard.to_string())
+        .collect();
+    if unknown.is_empty() {
+        control.alarms.clear(crate::base::alarms::AlarmKind::Quarantine);
+    } else {
+        control.alarms.raise(
+            crate::base::alarms::AlarmKind::Quarantine,
+            format!("shards that no stream names are kept aside: {}", unknown.join(", ")),
+        );
+    }
+}

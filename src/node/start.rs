@@ -1,0 +1,274 @@
+//! Starts what stands between the store and the API. The one place that knows every layer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use super::config::Config;
+use super::engine::{Context, Engine, StartError};
+use crate::api::{self, Edge, ServerFacts};
+use crate::base::{AlarmKind, Alarms, ByteBudget, Tasks};
+use crate::broker::Broker;
+use crate::control::view::View;
+use crate::control::{Control, NodeFacts};
+use crate::monitor::StatusSource;
+use crate::monitor::status::{DataStatus, SpaceStatus};
+use crate::raft::Groups;
+use crate::storage::{OpenError, Store, StoreOptions};
+
+/// Memory for the batches that tailing readers get without a read from disk.
+const RECENT_BYTES: usize = 32 << 20;
+/// How often the store is asked whether it is well.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
+/// How long replicas may take to end.
+const TASKS_MAX: Duration = Duration::from_secs(5);
+
+/// Opens the store and starts raft, control, broker and API on it.
+pub fn start(context: Context) -> BoxFuture<'static, Result<Arc<dyn Engine>, StartError>> {
+    Box::pin(async move {
+        let engine = Running::start(context).await?;
+        Ok(engine as Arc<dyn Engine>)
+    })
+}
+
+fn store_options(config: &Config) -> StoreOptions {
+    let storage = &config.storage;
+    StoreOptions {
+        dir: config.node.data_dir.clone(),
+        log_write_buffer_bytes: storage.log_write_buffer.as_usize(),
+        state_write_buffer_bytes: storage.state_write_buffer.as_usize(),
+        block_cache_bytes: storage.block_cache.as_usize(),
+        flush_interval: storage.flush_interval,
+        flush_min_bytes: storage.flush_min.as_usize(),
+        min_free_bytes: storage.min_free.0,
+        commit_batch_bytes_max: storage.commit_batch_max.as_usize(),
+        min_blob_bytes: storage.min_blob.0,
+        blob_file_bytes: storage.blob_file.0,
+        space_interval: storage.space_interval,
+        reclaim_interval: storage.reclaim_interval,
+        garbage_ratio_max: storage.garbage_ratio_max,
+        garbage_min_bytes: storage.garbage_min.0,
+    }
+}
+
+async fn open_store(options: StoreOptions) -> Result<Arc<Store>, StartError> {
+    let opened = tokio::task::spawn_blocking(move || Store::open(options, None))
+        .await
+        .map_err(|e| StartError::Failed(e.to_string()))?;
+    opened.map_err(|e: OpenError| {
+        if e.is_damage() {
+            StartError::Damaged(e.to_string())
+        } else {
+            StartError::Failed(e.to_string())
+        }
+    })
+}
+
+/// Everything on one store. Clones share it.
+#[derive(Clone)]
+struct Running {
+    store: Arc<Store>,
+    groups: Arc<Groups>,
+    view: Arc<View>,
+    edge: Arc<Edge>,
+    /// Sessions: they end by themselves once the node drains.
+    sessions: Tasks,
+    /// Ingest, expiry, reconciler, upkeep.
+    work: Tasks,
+    publish_memory: ByteBudget,
+    /// The parent of `sessions` and `work`: a group of tasks is cancelled when its last handle goes.
+    _tasks: Tasks,
+}
+
+impl Running {
+    async fn start(context: Context) -> Result<Arc<Self>, StartError> {
+        let config = &context.config;
+        let store = open_store(store_options(config)).await?;
+        let begun = std::time::Instant::now();
+        match Self::start_on(store.clone(), &context).await {
+            Ok(running) => {
+                tracing::info!(took = ?begun.elapsed(), groups = running.groups.all().len(), "groups started");
+                Ok(running)
+            }
+            Err(e) => {
+                // What a group finds wrong with stored records is damage, not a failed start.
+                let damage = store.damage();
+                let error = match damage.first() {
+                    Some(note) => StartError::Damaged(format!(
+                        "{}: {}; restore the directory from a backup, or replace this replica if others hold the data",
+                        e, note.what
+                    )),
+                    None => StartError::Failed(e),
+                };
+                let _ = tokio::task::spawn_blocking(move || store.close()).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_on(store: Arc<Store>, context: &Context) -> Result<Arc<Self>, String> {
+        let config = &context.config;
+        let identity = store.identity();
+        let view = Arc::new(View::default());
+        let groups = Groups::new(&store, RECENT_BYTES, view.clone());
+        let work = context.tasks.child("work");
+        let sessions = context.tasks.child("sessions");
+        work.spawn_vital(
+            "store watch",
+            watch(store.clone(), context.alarms.clone(), work.token()),
+        );
+        work.spawn_vital("upkeep", groups.clone().upkeep(work.token()));
+        let control = Control::start(
+            view.clone(),
+            groups.clone(),
+            context.clock.clone(),
+            context.alarms.clone(),
+            NodeFacts {
+                node: identity.node_id,
+                name: config.node.name.clone(),
+                incarnation: identity.incarnation,
+                client_address: config.listen.client.to_string(),
+                cluster_name: config.cluster.name.clone(),
+                pool_groups: config.raft.pool_groups,
+            },
+            &work,
+        )
+        .await
+        .map_err(|e| e.to_string())?;
+        if identity.cluster_id.is_none()
+            && let Some(cluster) = view.cluster()
+        {
+            store
+                .set_cluster(&cluster.cluster_id)
+                .map_err(|e| format!("the cluster id could not be noted: {e}"))?;
+        }
+        let broker = Broker::start(
+            view.clone(),
+            groups.clone(),
+            store.clone(),
+            context.clock.clone(),
+            context.alarms.clone(),
+            work.clone(),
+            context.publish_memory.clone(),
+        );
+        let edge = Edge::new(
+            broker,
+            control,
+            context.alarms.clone(),
+            sessions.clone(),
+            context.draining.clone(),
+            config.limits.sessions_max as usize,
+            ServerFacts {
+                node_name: config.node.name.clone(),
+                node_id: identity.node_id.get(),
+                incarnation: identity.incarnation,
+                started_us: context.started_us,
+            },
+        );
+        Ok(Arc::new(Self {
+            store,
+            groups,
+            view,
+            edge,
+            sessions,
+            work,
+            publish_memory: context.publish_memory.clone(),
+            _tasks: context.tasks.clone(),
+        }))
+    }
+
+    async fn end(&self) -> Result<(), String> {
+        let work = self.work.drain(TASKS_MAX).await.map_err(|e| e.to_string());
+        self.groups.shutdown().await;
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.close())
+            .await
+            .map_err(|e| e.to_string())?
+            .map_err(|e| e.to_string())?;
+        work
+    }
+}
+
+/// Turns what the store finds out into alarms.
+async fn watch(store: Arc<Store>, alarms: Alarms, token: CancellationToken) {
+    let mut poisoned = store.poisoned();
+    let mut tick = tokio::time::interval(WATCH_EVERY);
+    loop {
+        tokio::select! {
+            () = token.cancelled() => return,
+            _ = tick.tick() => {}
+            _ = poisoned.changed() => {}
+        }
+        if let Some(poison) = poisoned.borrow_and_update().as_ref() {
+            alarms.raise(AlarmKind::Poisoned, poison.to_string());
+        }
+        if let Some(note) = store.damage().first() {
+            alarms.raise(AlarmKind::Damaged, note.what.clone());
+        }
+        let space = store.space();
+        if space.low {
+            alarms.raise(
+                AlarmKind::DiskLow,
+                format!(
+                    "{} bytes are free, {} must stay free: publishes are refused until there is more",
+                    space.free,
+                    store.options().min_free_bytes
+                ),
+            );
+        } else {
+            alarms.clear(AlarmKind::DiskLow);
+        }
+    }
+}
+
+impl StatusSource for Running {
+    fn data(&self) -> DataStatus {
+        let identity = self.store.identity();
+        let space = self.store.space();
+        let mut status = DataStatus {
+            cluster_id: self.view.cluster().map(|c| c.cluster_id).unwrap_or_default(),
+            node_id: identity.node_id.get(),
+            incarnation: identity.incarnation,
+            streams: self.view.live_streams() as u64,
+            space: SpaceStatus {
+                used_bytes: space.held,
+                free_bytes: space.free,
+                low: space.low,
+            },
+            ..DataStatus::default()
+        };
+        for shard in self.groups.directory().all() {
+            let at = shard.positions();
+            status.messages += at.messages;
+            status.bytes += at.bytes;
+        }
+        status
+    }
+}
+
+impl Engine for Running {
+    fn routes(&self) -> Routes {
+        api::routes(self.edge.clone())
+    }
+
+    fn status(&self) -> Arc<dyn StatusSource> {
+        Arc::new(self.clone())
+    }
+
+    fn drain(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            // Sessions end by themselves; unary publishes are answered when no batch holds memory any more.
+            let _ = self.sessions.finish(Duration::from_secs(3600)).await;
+            while self.publish_memory.used() > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(self.end())
+    }
+}

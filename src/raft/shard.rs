@@ -1,0 +1,257 @@
+//! What a replica publishes about a shard to the layers above: positions, figures and the most recent batches. Written
+//! by apply only; everyone else reads.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
+
+use crate::model::{GroupId, Revision, Sequence, ShardId, StoredBatch, Term, TimeUs};
+
+/// A shard as of the last applied entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Positions {
+    /// First retained sequence, inclusive. Advanced by trims.
+    pub floor: Sequence,
+    /// Next sequence to be written. Advanced by publishes.
+    pub tail: Sequence,
+    /// Term of the last applied entry that touched the shard.
+    pub term: Term,
+    /// Retained messages.
+    pub messages: u64,
+    /// Their stored size.
+    pub bytes: u64,
+    /// Append time of the oldest retained message.
+    pub first_time: Option<TimeUs>,
+    /// Append time of the newest message there ever was.
+    pub last_time: Option<TimeUs>,
+    /// Revision of the config in force.
+    pub revision: Revision,
+    /// When an expire entry would first do something.
+    pub next_expiry: Option<TimeUs>,
+    /// The shard was removed: nothing may be read or written any more.
+    pub removed: bool,
+}
+
+impl Positions {
+    /// A shard before its first entry.
+    pub const fn initial() -> Self {
+        Self {
+            floor: Sequence::FIRST,
+            tail: Sequence::FIRST,
+            term: Term::new(0),
+            messages: 0,
+            bytes: 0,
+            first_time: None,
+            last_time: None,
+            revision: Revision::new(0),
+            next_expiry: None,
+            removed: false,
+        }
+    }
+}
+
+/// Memory that the recent batches of all shards of a node may take together.
+#[derive(Debug)]
+pub struct RecentBudget {
+    used: AtomicUsize,
+    limit: usize,
+}
+
+impl RecentBudget {
+    /// A budget of `limit` bytes.
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self {
+            used: AtomicUsize::new(0),
+            limit,
+        })
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+}
+
+/// The newest batches of a shard: consecutive, ending at the tail.
+#[derive(Debug, Default)]
+struct Recent {
+    batches: VecDeque<StoredBatch>,
+    bytes: usize,
+    /// Set by each push, cleared by the sweep: a shard that had no push between two sweeps gives its memory back.
+    fresh: bool,
+}
+
+/// One shard's public face on this node.
+#[derive(Debug)]
+pub struct ShardShared {
+    pub shard: ShardId,
+    pub group: GroupId,
+    positions: watch::Sender<Positions>,
+    recent: Mutex<Recent>,
+    budget: Arc<RecentBudget>,
+}
+
+impl ShardShared {
+    pub fn new(shard: ShardId, group: GroupId, budget: Arc<RecentBudget>) -> Arc<Self> {
+        Arc::new(Self {
+            shard,
+            group,
+            positions: watch::Sender::new(Positions::initial()),
+            recent: Mutex::default(),
+            budget,
+        })
+    }
+
+    /// As of the last applied entry.
+    pub fn positions(&self) -> Positions {
+        *self.positions.borrow()
+    }
+
+    /// Wakes on every apply that touched the shard.
+    pub fn watch(&self) -> watch::Receiver<Positions> {
+        self.positions.subscribe()
+    }
+
+    /// Apply only: after the write to `state/`, before the answers.
+    pub(super) fn publish(&self, positions: Positions) {
+        self.positions.send_replace(positions);
+    }
+
+    /// Apply only: remembers a batch just written.
+    pub(super) fn push_recent(&self, batch: StoredBatch) {
+        let mut recent = self.recent.lock();
+        if recent.batches.back().is_some_and(|b| b.end() != batch.base) {
+            self.clear_locked(&mut recent);
+        }
+        let size = batch.batch.len() + 128;
+        recent.bytes += size;
+        recent.fresh = true;
+        recent.batches.push_back(batch);
+        self.budget.used.fetch_add(size, Ordering::Relaxed);
+        while self.budget.used() > self.budget.limit {
+            let Some(front) = recent.batches.pop_front() else { break };
+            let size = front.batch.len() + 128;
+            recent.bytes -= size;
+            self.budget.used.fetch_sub(size, Ordering::Relaxed);
+        }
+    }
+
+    fn clear_locked(&self, recent: &mut Recent) {
+        self.budget.used.fetch_sub(recent.bytes, Ordering::Relaxed);
+        recent.bytes = 0;
+        recent.batches.clear();
+    }
+
+    /// Apply only: forgets everything, as when deleted records changed what a batch delivers.
+    pub(super) fn clear_recent(&self) {
+        self.clear_locked(&mut self.recent.lock());
+    }
+
+    /// Called now and then: a shard without new batches since the last call gives its memory to the others.
+    pub(super) fn sweep_recent(&self) {
+        let mut recent = self.recent.lock();
+        if !std::mem::take(&mut recent.fresh) {
+            self.clear_locked(&mut recent);
+        }
+    }
+
+    /// Batches from the one that holds `from` on, up to about `bytes_max`, if memory still has that one.
+    pub fn recent_from(&self, from: Sequence, bytes_max: usize) -> Option<Vec<StoredBatch>> {
+        let recent = self.recent.lock();
+        if recent.batches.front().is_none_or(|b| b.base > from) {
+            return None;
+        }
+        let start = recent.batches.partition_point(|b| b.end() <= from);
+        let mut out = Vec::new();
+        let mut bytes = 0;
+        for batch in recent.batches.iter().skip(start) {
+            if !out.is_empty() && bytes + batch.batch.len() > bytes_max {
+                break;
+            }
+            bytes += batch.batch.len();
+            out.push(batch.clone());
+        }
+        (!out.is_empty()).then_some(out)
+    }
+}
+
+impl Drop for ShardShared {
+    fn drop(&mut self) {
+        self.clear_locked(&mut self.recent.lock());
+    }
+}
+
+/// Every shard that has a replica on this node.
+#[derive(Debug, Default)]
+pub struct ShardDirectory {
+    shards: RwLock<HashMap<ShardId, Arc<ShardShared>>>,
+}
+
+impl ShardDirectory {
+    pub fn get(&self, shard: ShardId) -> Option<Arc<ShardShared>> {
+        self.shards.read().get(&shard).cloned()
+    }
+
+    pub fn all(&self) -> Vec<Arc<ShardShared>> {
+        self.shards.read().values().cloned().collect()
+    }
+
+    pub(super) fn insert(&self, shared: Arc<ShardShared>) {
+        self.shards.write().insert(shared.shard, shared);
+    }
+
+    pub(super) fn remove(&self, shard: ShardId) {
+        self.shards.write().remove(&shard);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    fn batch(base: u64, count: u32, size: usize) -> StoredBatch {
+        StoredBatch {
+            base: Sequence::new(base),
+            append_time: TimeUs::new(base),
+            term: Term::new(1),
+            record_count: count,
+            rejected: vec![],
+            batch: Bytes::from(vec![0; size]),
+        }
+    }
+
+    #[test]
+    fn recent_batches_are_bounded_and_found_by_sequence() {
+        let budget = RecentBudget::new(3_000);
+        let shard = ShardShared::new(ShardId::new(1), GroupId::new(2), budget.clone());
+        for n in 0..10 {
+            shard.push_recent(batch(1 + n * 10, 10, 872));
+        }
+        assert_eq!(budget.used(), 3_000);
+        assert!(shard.recent_from(Sequence::new(1), 1 << 20).is_none());
+        let found = shard.recent_from(Sequence::new(95), 1 << 20).expect("newest batch");
+        assert_eq!(found[0].base, Sequence::new(91));
+        let found = shard.recent_from(Sequence::new(71), 1_000).expect("oldest kept batch");
+        assert_eq!((found[0].base, found.len()), (Sequence::new(71), 1));
+        assert!(shard.recent_from(Sequence::new(101), 1 << 20).is_none());
+        shard.sweep_recent();
+        assert!(shard.recent_from(Sequence::new(95), 1 << 20).is_some());
+        shard.sweep_recent();
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn a_gap_forgets_what_was_before() {
+        let budget = RecentBudget::new(1 << 20);
+        let shard = ShardShared::new(ShardId::new(1), GroupId::new(2), budget.clone());
+        shard.push_recent(batch(1, 10, 100));
+        shard.push_recent(batch(21, 10, 100));
+        assert!(shard.recent_from(Sequence::new(1), 1 << 20).is_none());
+        drop(shard);
+        assert_eq!(budget.used(), 0);
+    }
+}

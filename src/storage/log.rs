@@ -1,0 +1,265 @@
+//! Raft logs: entries, votes, purge markers of every group of the node.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rocksdb::{DB, ReadOptions};
+
+use super::error::{Area, StorageError};
+use super::keys::{self, Key};
+use super::lock::DirLock;
+use super::queue::{Done, Op, Queue};
+use super::record::{corrupt, unframe};
+use super::shared::{Shared, read_error};
+use crate::model::{GroupId, LogIndex};
+
+/// What is known of a group's log.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogMeta {
+    /// As given to `save_vote`, synced.
+    pub vote: Option<Bytes>,
+    /// As given to `save_committed`; may be behind, never synced for its own sake.
+    pub committed: Option<Bytes>,
+    /// Purge marker: every entry up to it (inclusive) is gone. With the log id given to `purge`.
+    pub purged: Option<(LogIndex, Bytes)>,
+    /// Index of the first entry there is. Inclusive.
+    pub first: Option<LogIndex>,
+    /// Index of the last entry there is. Inclusive. At or below the purge marker when nothing is above it.
+    pub last: Option<LogIndex>,
+    /// The group was set aside: kept as it is, not written.
+    pub quarantined: bool,
+}
+
+/// A group's log as its readers may see it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct GroupLog {
+    pub vote: Option<Bytes>,
+    pub committed: Option<Bytes>,
+    /// Advanced by `purge` at once, before it is written.
+    pub purged: Option<(LogIndex, Bytes)>,
+    /// First entry ever; meaningful while nothing is purged.
+    pub first: Option<LogIndex>,
+    /// Last entry written. Advanced by the committer.
+    pub last: Option<LogIndex>,
+    pub quarantined: bool,
+    /// First index removed by each truncation that is asked for and not written yet. Nothing from there on is shown.
+    pub truncating: VecDeque<u64>,
+}
+
+impl GroupLog {
+    fn end_exclusive(&self) -> u64 {
+        let end = self.last.map_or(0, |l| l.get() + 1);
+        self.truncating.iter().fold(end, |end, &cut| end.min(cut))
+    }
+
+    fn purged_index(&self) -> Option<LogIndex> {
+        self.purged.as_ref().map(|(i, _)| *i)
+    }
+
+    fn meta(&self) -> LogMeta {
+        let end = self.end_exclusive();
+        let begin = match &self.purged {
+            Some((i, _)) => Some(i.get() + 1),
+            None => self.first.map(LogIndex::get),
+        };
+        let present = begin.filter(|b| *b < end);
+        LogMeta {
+            vote: self.vote.clone(),
+            committed: self.committed.clone(),
+            purged: self.purged.clone(),
+            first: present.map(LogIndex::new),
+            last: present.map(|_| LogIndex::new(end - 1)).or(self.purged_index()),
+            quarantined: self.quarantined,
+        }
+    }
+}
+
+pub(super) type Groups = Mutex<BTreeMap<GroupId, GroupLog>>;
+
+pub(super) struct LogInner {
+    // Dropped in this order: the database before the lock on its directory.
+    pub db: Arc<DB>,
+    pub queue: Arc<Queue>,
+    pub groups: Arc<Groups>,
+    pub shared: Arc<Shared>,
+    /// Bytes written by the committer since the store was opened.
+    pub written: Arc<AtomicU64>,
+    pub _lock: Arc<DirLock>,
+}
+
+/// The logs of the node. Cheap to clone.
+#[derive(Clone)]
+pub struct LogDb(pub(super) Arc<LogInner>);
+
+impl LogDb {
+    /// Appends entries, which must follow the last one without a gap. `done` after they are synced; readable then,
+    /// not before. Order is kept within a group.
+    pub fn append(&self, group: GroupId, entries: Vec<(LogIndex, Bytes)>, done: Done) {
+        if entries.is_empty() {
+            done(self.0.shared.check());
+            return;
+        }
+        self.ask(group, Op::Append(entries), done);
+    }
+
+    /// Saves a vote; `done` after it is synced.
+    pub fn save_vote(&self, group: GroupId, vote: Bytes, done: Done) {
+        self.ask(group, Op::Vote(vote), done);
+    }
+
+    /// Removes every entry after `last` (`None`: all). They are not read any more from the moment of the call.
+    pub fn truncate_after(&self, group: GroupId, last: Option<LogIndex>, done: Done) {
+        {
+            let mut groups = self.0.groups.lock();
+            let log = groups.entry(group).or_default();
+            log.truncating.push_back(last.map_or(0, |l| l.get() + 1));
+        }
+        self.ask(group, Op::Truncate(last), done);
+    }
+
+    /// Removes every entry up to `upto` (inclusive). They are not read any more from the moment of the call; `done`
+    /// after the marker is synced. A marker beyond the last entry is allowed: the log then continues after it.
+    pub fn purge(&self, group: GroupId, upto: LogIndex, log_id: Bytes, done: Done) {
+        {
+            let mut groups = self.0.groups.lock();
+            let log = groups.entry(group).or_default();
+            if log.purged_index().is_none_or(|p| p < upto) {
+                log.purged = Some((upto, log_id.clone()));
+            }
+        }
+        self.ask(group, Op::Purge(upto, log_id), done);
+    }
+
+    /// Saves a hint of what is committed. Rides along with the next synced write and may be lost.
+    pub fn save_committed(&self, group: GroupId, committed: Bytes) {
+        self.0.queue.set_committed(group, committed);
+    }
+
+    /// Sets a group aside: it is not listed and not written any more, and nothing of it is removed.
+    pub fn drop_group(&self, group: GroupId) {
+        let shared = self.0.shared.clone();
+        let done: Done = Box::new(move |result| {
+            if let Err(error) = result {
+                tracing::warn!(%group, %error, "could not set the group aside");
+                shared.note_error(&error);
+            }
+        });
+        self.ask(group, Op::Quarantine, done);
+    }
+
+    fn ask(&self, group: GroupId, op: Op, done: Done) {
+        match self.0.shared.check() {
+            Ok(()) => self.0.queue.push(group, op, done),
+            Err(error) => done(Err(error)),
+        }
+    }
+
+    /// Entries in [from, to), at least one and then no more than `bytes_max` bytes. Empty only when nothing is
+    /// written at `from` yet. A missing entry is an error, never skipped.
+    pub fn read(
+        &self,
+        group: GroupId,
+        from: LogIndex,
+        to_exclusive: LogIndex,
+        bytes_max: usize,
+    ) -> Result<Vec<(LogIndex, Bytes)>, StorageError> {
+        let end = self.readable_end(group, from)?.min(to_exclusive.get());
+        if from.get() >= end {
+            return Ok(Vec::new());
+        }
+        match self.scan(group, from, LogIndex::new(end), bytes_max) {
+            Ok(entries) => Ok(entries),
+            Err(error) => {
+                // It may have been purged or truncated while we looked.
+                let end_now = self.readable_end(group, from)?;
+                if matches!(error, StorageError::Hole { .. }) && end_now < end {
+                    return Ok(Vec::new());
+                }
+                self.0.shared.note(Err(error))
+            }
+        }
+    }
+
+    fn readable_end(&self, group: GroupId, from: LogIndex) -> Result<u64, StorageError> {
+        let groups = self.0.groups.lock();
+        let Some(log) = groups.get(&group) else {
+            return Ok(0);
+        };
+        match log.purged_index() {
+            Some(purged) if from <= purged => Err(StorageError::Purged {
+                group,
+                index: from,
+                purged,
+            }),
+            _ => Ok(log.end_exclusive()),
+        }
+    }
+
+    fn scan(
+        &self,
+        group: GroupId,
+        from: LogIndex,
+        to: LogIndex,
+        bytes_max: usize,
+    ) -> Result<Vec<(LogIndex, Bytes)>, StorageError> {
+        let (start, end) = keys::entries_of(group, from, Some(to));
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(end);
+        options.set_readahead_size(256 << 10);
+        let mut iter = self.0.db.raw_iterator_opt(options);
+        iter.seek(&start);
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        let mut expected = from;
+        while let Some((key, value)) = iter.item() {
+            let payload = unframe(Area::Log, key, value)?;
+            match Key::decode(key) {
+                Some(Key::Entry(g, index)) if g == group && index == expected => {}
+                Some(_) => return Err(StorageError::Hole { group, index: expected }),
+                None => return Err(corrupt(Area::Log, key, "not a key of this format")),
+            }
+            if !entries.is_empty() && bytes + payload.len() > bytes_max {
+                return Ok(entries);
+            }
+            bytes += payload.len();
+            entries.push((expected, Bytes::copy_from_slice(payload)));
+            expected = expected.next();
+            iter.next();
+        }
+        iter.status()
+            .map_err(|e| read_error(Area::Log, "reading entries", &e))?;
+        if expected < to {
+            return Err(StorageError::Hole { group, index: expected });
+        }
+        Ok(entries)
+    }
+
+    /// What is known of a group's log, as its readers see it.
+    pub fn meta(&self, group: GroupId) -> Result<LogMeta, StorageError> {
+        self.0.shared.check()?;
+        Ok(self.0.groups.lock().get(&group).map(GroupLog::meta).unwrap_or_default())
+    }
+
+    /// Every group with a log here, those in quarantine left out. Ascending.
+    pub fn groups(&self) -> Vec<GroupId> {
+        let groups = self.0.groups.lock();
+        groups
+            .iter()
+            .filter(|(_, log)| !log.quarantined)
+            .map(|(g, _)| *g)
+            .collect()
+    }
+
+    /// The groups that were set aside. Ascending.
+    pub fn quarantined(&self) -> Vec<GroupId> {
+        let groups = self.0.groups.lock();
+        groups
+            .iter()
+            .filter(|(_, log)| log.quarantined)
+            .map(|(g, _)| *g)
+            .collect()
+    }
+}

@@ -1,0 +1,59 @@
+//! Storage: the only user of RocksDB. Two databases per node, `log/` and `state/`, written to twice and synced once.
+//!
+//! | file | what |
+//! |------|------|
+//! | `store.rs` | opening, checking, closing a data directory |
+//! | `lock.rs`, `identity.rs` | one process per directory; which store and format it is |
+//! | `engine.rs` | every RocksDB option and why |
+//! | `keys.rs`, `record.rs`, `envelope.rs`, `offsets.rs` | the disk format |
+//! | `queue.rs`, `committer.rs` | the one writer of log/: many groups, one sync |
+//! | `witness.rs`, `wal_check.rs`, `log_open.rs` | a log that lost something knows it |
+//! | `log.rs` | Raft entries, votes, purge markers |
+//! | `state.rs`, `state_batch.rs`, `state_read.rs` | applied state: writing, flushing, reading |
+//! | `floors.rs`, `reclaim.rs` | trims, and giving their space back |
+//! | `upkeep.rs`, `space.rs` | background threads, free space |
+//!
+//! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `log/`, `state/`, and `aside/` for bytes that were cut
+//! off or set aside and are kept for inspection.
+
+mod committer;
+mod crc32c;
+mod engine;
+mod envelope;
+mod error;
+mod floors;
+#[cfg(test)]
+mod golden;
+mod identity;
+pub mod keys;
+mod lock;
+mod log;
+mod log_open;
+pub mod metric_names;
+mod offsets;
+mod options;
+mod queue;
+mod reclaim;
+mod record;
+mod shared;
+mod space;
+mod state;
+mod state_batch;
+mod state_read;
+mod store;
+mod upkeep;
+mod wal_check;
+mod witness;
+
+pub use error::{Area, OpenError, Poison, StorageError};
+pub use floors::Floors;
+pub use identity::Identity;
+pub use log::{LogDb, LogMeta};
+pub use options::StoreOptions;
+pub use queue::Done;
+pub use shared::DamageNote;
+pub use space::Space;
+pub use state::StateDb;
+pub use state_batch::StateBatch;
+pub use state_read::BatchScan;
+pub use store::Store;

@@ -1,0 +1,338 @@
+//! One server process and its directory.
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::api::Api;
+use super::{PATIENCE, faults};
+
+/// How a node is started.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Run under the preload library.
+    pub faults: bool,
+    /// With power failures (costs some speed).
+    pub power: bool,
+    /// Commands of the preload library to begin with.
+    pub run: Vec<String>,
+    /// More flags of `mainstem server`.
+    pub flags: Vec<String>,
+    pub env: Vec<(String, String)>,
+}
+
+impl Options {
+    pub fn plain() -> Self {
+        Self::default()
+    }
+
+    /// Under the preload library: slow, full and failing disks, clock jumps.
+    pub fn faulty() -> Self {
+        Self {
+            faults: true,
+            ..Self::default()
+        }
+    }
+
+    /// Under the preload library, with power failures.
+    pub fn powered() -> Self {
+        Self {
+            faults: true,
+            power: true,
+            ..Self::default()
+        }
+    }
+
+    pub fn flag(mut self, flag: &str, value: &str) -> Self {
+        self.flags.extend([flag.to_string(), value.to_string()]);
+        self
+    }
+
+    pub fn run(mut self, command: &str) -> Self {
+        self.run.push(command.to_string());
+        self
+    }
+}
+
+/// A server process, or the place of one between two lives.
+pub struct Node {
+    pub options: Options,
+    name: String,
+    place: TempDir,
+    data: PathBuf,
+    child: Option<Child>,
+    lives: u32,
+    ports: Option<Ports>,
+    /// How long the last start took until the node was ready.
+    pub ready_in: Duration,
+}
+
+#[derive(Clone)]
+struct Ports {
+    client: String,
+    monitor: String,
+}
+
+impl Node {
+    /// A node with an empty directory, ready to serve.
+    pub async fn start(options: Options) -> Self {
+        let mut node = Self::new("node", options);
+        node.launch();
+        node.ready().await;
+        node
+    }
+
+    /// A node that was not started yet.
+    pub fn new(name: &str, options: Options) -> Self {
+        let place = tempfile::Builder::new().prefix("mainstem-test-").tempdir().unwrap();
+        let data = place.path().canonicalize().unwrap().join("data");
+        Self {
+            options,
+            name: name.into(),
+            place,
+            data,
+            child: None,
+            lives: 0,
+            ports: None,
+            ready_in: Duration::ZERO,
+        }
+    }
+
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// Uses another data directory from the next start on.
+    pub fn set_data(&mut self, data: &Path) {
+        self.data = data.to_path_buf();
+    }
+
+    pub fn place(&self) -> &Path {
+        self.place.path()
+    }
+
+    fn ports_file(&self) -> PathBuf {
+        self.place.path().join("ports.json")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.place.path().join("faults.sock")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.place.path().join(format!("log-{}", self.lives))
+    }
+
+    /// Starts the process and does not wait for it.
+    pub fn launch(&mut self) {
+        assert!(self.child.is_none(), "{} runs already", self.name);
+        self.lives += 1;
+        let _ = std::fs::remove_file(self.ports_file());
+        self.ports = None;
+        let log = File::create(self.log_file()).unwrap();
+        let mut c = Command::new(env!("CARGO_BIN_EXE_mainstem"));
+        c.arg("server")
+            .arg("--data-dir")
+            .arg(&self.data)
+            .args([
+                "--listen",
+                "127.0.0.1:0",
+                "--monitor-listen",
+                "127.0.0.1:0",
+                "--ports-file",
+            ])
+            .arg(self.ports_file())
+            .args(&self.options.flags)
+            .envs(self.options.env.iter().map(|(k, v)| (k, v)))
+            .env("RUST_BACKTRACE", "1")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        if self.options.faults {
+            c.env("LD_PRELOAD", faults::library())
+                .env("MAINSTEM_FAULTS_DIR", &self.data)
+                .env("MAINSTEM_FAULTS_SIDE", self.place.path().join("side"))
+                .env("MAINSTEM_FAULTS_SOCKET", self.socket())
+                .env("MAINSTEM_FAULTS_POWER", if self.options.power { "1" } else { "0" })
+                .env("MAINSTEM_FAULTS_RUN", self.options.run.join(";"));
+        }
+        self.child = Some(c.spawn().unwrap());
+    }
+
+    /// Waits until the node serves. Panics, with the log, if it ends or takes too long.
+    pub async fn ready(&mut self) {
+        if let Err(status) = self.try_ready().await {
+            panic!("{} ended before it was ready: {status}\n{}", self.name, self.log());
+        }
+    }
+
+    /// Waits until the node serves, or has ended.
+    pub async fn try_ready(&mut self) -> Result<(), ExitStatus> {
+        let start = Instant::now();
+        loop {
+            if let Ok(text) = std::fs::read_to_string(self.ports_file()) {
+                let ports: serde_json::Value = serde_json::from_str(&text).expect("the ports file is written at once");
+                let of = |name: &str| ports[name].as_str().expect("an address").to_string();
+                assert_eq!(
+                    ports["pid"].as_u64(),
+                    Some(u64::from(self.pid())),
+                    "the ports file names the process"
+                );
+                self.ports = Some(Ports {
+                    client: of("client"),
+                    monitor: of("monitor"),
+                });
+                self.ready_in = start.elapsed();
+                return Ok(());
+            }
+            if let Some(status) = self.child.as_mut().expect("launched").try_wait().unwrap() {
+                self.child = None;
+                return Err(status);
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{} is not ready after {PATIENCE:?}\n{}",
+                self.name,
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Starts the process again after it has ended, and waits until it serves.
+    pub async fn restart(&mut self) {
+        self.launch();
+        self.ready().await;
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("runs").id()
+    }
+
+    pub fn client_addr(&self) -> String {
+        self.ports.as_ref().expect("ready").client.clone()
+    }
+
+    pub fn monitor_addr(&self) -> String {
+        self.ports.as_ref().expect("ready").monitor.clone()
+    }
+
+    /// A connection of its own.
+    pub async fn api(&self) -> Api {
+        Api::connect(&self.client_addr())
+            .await
+            .expect("a ready node takes connections")
+    }
+
+    #[allow(unsafe_code)]
+    fn signal(&self, signal: i32) {
+        // SAFETY: takes numbers only; the child has not been waited for, so its number is its own.
+        let r = unsafe { libc::kill(self.pid() as i32, signal) };
+        assert_eq!(r, 0, "{}: {}", self.name, std::io::Error::last_os_error());
+    }
+
+    /// kill -9, and waits for the end.
+    pub async fn kill9(&mut self) {
+        self.signal(libc::SIGKILL);
+        let status = self.wait_exit().await;
+        assert!(status.signal() == Some(libc::SIGKILL) || !status.success(), "{status}");
+    }
+
+    /// Asks for an orderly end.
+    pub fn term(&self) {
+        self.signal(libc::SIGTERM);
+    }
+
+    pub fn pause(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    pub fn resume(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    /// Waits for the end of the process.
+    pub async fn wait_exit(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.as_mut().expect("runs").try_wait().unwrap() {
+                self.child = None;
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "{} does not end\n{}", self.name, self.log());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Whether the process runs (as far as is known without waiting).
+    pub fn runs(&mut self) -> bool {
+        match &mut self.child {
+            None => false,
+            Some(child) => child.try_wait().unwrap().is_none(),
+        }
+    }
+
+    /// A command to the preload library; panics if it is refused.
+    pub fn faults(&self, line: &str) -> String {
+        match faults::command(&self.socket(), line) {
+            Some(Ok(answer)) => answer,
+            Some(Err(e)) => panic!("{line}: {e}"),
+            None => panic!("{line}: no answer\n{}", self.log()),
+        }
+    }
+
+    /// The power fails now; unsynced writes are lost as the seed says.
+    pub async fn power_fail(&mut self, seed: u64) {
+        // No answer is the answer.
+        let _ = faults::command(&self.socket(), &format!("power-fail {seed}"));
+        let status = self.wait_exit().await;
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "{status}\n{}", self.log());
+    }
+
+    /// What the process has printed in this life.
+    pub fn log(&self) -> String {
+        let text = std::fs::read(self.log_file()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let from = lines.len().saturating_sub(200);
+        format!(
+            "--- {} (life {}), last {} lines ---\n{}\n",
+            self.name,
+            self.lives,
+            lines.len() - from,
+            lines[from..].join("\n")
+        )
+    }
+
+    /// Peak and present resident memory in bytes.
+    pub fn memory(&self) -> (u64, u64) {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let of = |name: &str| {
+            let line = status.lines().find(|l| l.starts_with(name)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+        };
+        (of("VmHWM:"), of("VmRSS:"))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+            if std::env::var_os("MAINSTEM_KEEP").is_some() {
+                self.place.disable_cleanup(true);
+                eprintln!("kept: {}", self.place.path().display());
+            } else {
+                eprintln!("(MAINSTEM_KEEP=1 keeps the directory)");
+            }
+        }
+    }
+}
