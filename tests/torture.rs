@@ -55,6 +55,24 @@ fn shape_of_round(round: u64) -> Shape {
     }
 }
 
+/// Every other start, roughly, with buffers so small that flushes, compactions and purges of the log happen all the time.
+fn buffers(rng: &mut StdRng) -> Vec<String> {
+    let small = [
+        "--storage-log-write-buffer",
+        "16MiB",
+        "--storage-state-write-buffer",
+        "4MiB",
+        "--storage-flush-interval",
+        "100ms",
+        "--storage-blob-file",
+        "1MiB",
+    ];
+    match rng.random_bool(0.5) {
+        true => small.map(String::from).to_vec(),
+        false => Vec::new(),
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_rounds() {
     let (rounds, seed) = (setting("ROUNDS", 4), seed("kill_rounds"));
@@ -71,6 +89,7 @@ async fn kill_rounds() {
             .await;
         node.kill9().await;
         (load, _) = running.join().await;
+        node.options.flags = buffers(&mut rng);
         if rng.random_bool(0.3) {
             // It dies again on its way up.
             node.launch();
@@ -114,6 +133,7 @@ async fn power_rounds() {
         );
         (load, _) = running.join().await;
         let accident = node.log();
+        node.options.flags = buffers(&mut rng);
         if rng.random_bool(0.3) {
             // The power fails again while the node recovers.
             node.options.run = vec![format!(

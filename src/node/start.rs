@@ -45,6 +45,7 @@ fn store_options(config: &Config) -> StoreOptions {
         flush_min_bytes: storage.flush_min.as_usize(),
         min_free_bytes: storage.min_free.0,
         commit_batch_bytes_max: storage.commit_batch_max.as_usize(),
+        commit_on_caller: tokio::runtime::Handle::current().metrics().num_workers() > 1,
         min_blob_bytes: storage.min_blob.0,
         blob_file_bytes: storage.blob_file.0,
         space_interval: storage.space_interval,

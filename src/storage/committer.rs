@@ -1,13 +1,14 @@
-//! The one thread that writes to log/. It takes what all groups ask for, writes it as one batch, syncs once, notes the
-//! write in the witness and then completes the requests in order. There is no timer: a lone request is written at
+//! The one writer of log/: a thread, or for a lone small request on a quick disk its caller. It takes what all groups ask for, writes it as one batch, syncs once, completes the
+//! requests in order and then notes the write in the witness. There is no timer: a lone request is written at
 //! once, and while a sync runs the next batch grows. A failed write or sync poisons the store.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rocksdb::{DB, FlushOptions, WriteBatch};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -28,6 +29,12 @@ pub(super) const BATCH_HEAD_BYTES: usize = 12;
 const POINT_DELETES_MAX: u64 = 64;
 /// After this many range deletions the write buffer is flushed, which resolves them.
 const RANGE_DELETES_MAX: usize = 4096;
+
+/// A request is committed on its caller's thread only if it is small, nothing was written for a while (else others are
+/// about to come, and would share the sync), and syncs have been quick: the caller's thread serves other tasks too.
+const ALONE_BYTES_MAX: usize = 16 << 10;
+const ALONE_IDLE_MIN: Duration = Duration::from_micros(50);
+const ALONE_SYNC_MAX: Duration = Duration::from_micros(500);
 
 /// What the next entry of a group must be, once everything taken so far is written.
 #[derive(Debug, Clone, Copy, Default)]
@@ -92,6 +99,10 @@ pub(super) struct Committer {
     buffer: Vec<u8>,
     key: Vec<u8>,
     range_deletes: usize,
+    /// How long a write with its sync takes, averaged over the last ones. Slow until it is known.
+    usual_sync: Duration,
+    /// When the last write ended.
+    ended_at: Instant,
 }
 
 impl Committer {
@@ -110,16 +121,28 @@ impl Committer {
             buffer: Vec::new(),
             key: Vec::new(),
             range_deletes: 0,
+            usual_sync: 2 * ALONE_SYNC_MAX,
+            ended_at: Instant::now(),
         }
     }
 
     /// Runs until the queue is closed and empty, or the store is poisoned.
-    pub fn run(mut self) {
-        while let Some(taken) = self.queue.take(self.batch_bytes_max) {
-            if self.commit(taken).is_err() {
+    pub fn run(committer: &Mutex<Committer>, queue: &Queue) {
+        loop {
+            queue.wait();
+            // Before anything is taken: order is kept with those who commit for themselves.
+            let mut committer = committer.lock();
+            let Some(taken) = queue.take(committer.batch_bytes_max) else {
+                break;
+            };
+            if committer.commit(taken).is_err() {
                 break;
             }
         }
+        committer.lock().end();
+    }
+
+    fn end(&mut self) {
         for request in self.queue.drain() {
             let error = self.shared.check().err().unwrap_or(StorageError::Closed);
             (request.done)(Err(error));
@@ -131,7 +154,34 @@ impl Committer {
         }
     }
 
+    /// Commits a lone request on the caller's thread, which saves two thread switches. Gives it back if it should go
+    /// through the queue: something else is going on, or the disk is not known to be quick.
+    pub fn commit_alone(committer: &Mutex<Committer>, group: GroupId, op: Op, done: Done) -> Result<(), (Op, Done)> {
+        if !matches!(op, Op::Append(_)) || op.bytes() > ALONE_BYTES_MAX {
+            return Err((op, done));
+        }
+        let Some(mut committer) = committer.try_lock() else {
+            return Err((op, done));
+        };
+        if committer.usual_sync > ALONE_SYNC_MAX || committer.ended_at.elapsed() < ALONE_IDLE_MIN {
+            return Err((op, done));
+        }
+        committer.queue.push_alone(group, op, done)?;
+        let max = committer.batch_bytes_max;
+        if let Some(taken) = committer.queue.take(max) {
+            // The thread that waits for work finds out by itself that the store is poisoned.
+            let _ = committer.commit(taken);
+        }
+        Ok(())
+    }
+
     fn commit(&mut self, taken: Taken) -> Result<(), ()> {
+        let result = self.commit_inner(taken);
+        self.ended_at = Instant::now();
+        result
+    }
+
+    fn commit_inner(&mut self, taken: Taken) -> Result<(), ()> {
         let begun = Instant::now();
         if let Some(first) = taken.requests.first() {
             metrics::histogram!(names::COMMIT_WAIT_SECONDS).record(begun - first.asked_at);
@@ -169,13 +219,20 @@ impl Committer {
             }
             return Err(());
         }
-        metrics::histogram!(names::SYNC_SECONDS).record(begun.elapsed());
+        let took = begun.elapsed();
+        self.usual_sync = (self.usual_sync * 7 + took) / 8;
+        metrics::histogram!(names::SYNC_SECONDS).record(took);
         metrics::histogram!(names::COMMIT_BYTES).record(bytes as f64);
         metrics::histogram!(names::COMMIT_REQUESTS).record(requests as f64);
         self.shared.accepted_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         self.written.fetch_add(bytes as u64, Ordering::Relaxed);
         self.show(&outcomes, taken.committed);
         finish(outcomes);
+        // What was synced is told first and witnessed then: nobody waits for the witness, which may lag behind.
+        if let Err(error) = self.witness.note(mark) {
+            self.shared.poison("writing the witness", error.to_string());
+            return Err(());
+        }
         self.resolve_range_deletes();
         Ok(())
     }
@@ -197,9 +254,7 @@ impl Committer {
             .write_opt(batch, &engine::synced())
             .map_err(|e| ("writing and syncing the log", e.to_string()))?;
         self.mark = mark;
-        self.witness
-            .note(mark)
-            .map_err(|e| ("writing the witness", e.to_string()))
+        Ok(())
     }
 
     /// Puts a request into the batch, or refuses it without touching the batch.

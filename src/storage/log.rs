@@ -1,13 +1,14 @@
 //! Raft logs: entries, votes, purge markers of every group of the node.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rocksdb::{DB, ReadOptions};
 
+use super::committer::Committer;
 use super::error::{Area, StorageError};
 use super::keys::{self, Key};
 use super::lock::DirLock;
@@ -82,6 +83,8 @@ pub(super) type Groups = Mutex<BTreeMap<GroupId, GroupLog>>;
 pub(super) struct LogInner {
     // Dropped in this order: the database before the lock on its directory.
     pub db: Arc<DB>,
+    /// Set once the store's threads have started, if callers may commit for themselves.
+    pub committer: OnceLock<Arc<Mutex<Committer>>>,
     pub queue: Arc<Queue>,
     pub groups: Arc<Groups>,
     pub shared: Arc<Shared>,
@@ -151,10 +154,18 @@ impl LogDb {
     }
 
     fn ask(&self, group: GroupId, op: Op, done: Done) {
-        match self.0.shared.check() {
-            Ok(()) => self.0.queue.push(group, op, done),
-            Err(error) => done(Err(error)),
+        if let Err(error) = self.0.shared.check() {
+            done(Err(error));
+            return;
         }
+        let (op, done) = match self.0.committer.get() {
+            Some(committer) => match Committer::commit_alone(committer, group, op, done) {
+                Ok(()) => return,
+                Err(back) => back,
+            },
+            None => (op, done),
+        };
+        self.0.queue.push(group, op, done);
     }
 
     /// Entries in [from, to), at least one and then no more than `bytes_max` bytes. Empty only when nothing is

@@ -26,6 +26,9 @@ pub struct StoreOptions {
     pub min_free_bytes: u64,
     /// Most bytes of requests the committer puts into one synced write; a single larger request still goes alone.
     pub commit_batch_bytes_max: usize,
+    /// Whether a thread that asks for a lone small append may write and sync it itself, while syncs are quick. Only
+    /// where other threads serve what that thread serves too: it is blocked meanwhile.
+    pub commit_on_caller: bool,
     /// Values of `state/` at or above this go to blob files and are not rewritten by compaction.
     pub min_blob_bytes: u64,
     /// A blob file is closed at this size.
@@ -54,6 +57,7 @@ impl Default for StoreOptions {
             flush_min_bytes: MIB,
             min_free_bytes: 512 * MIB as u64,
             commit_batch_bytes_max: 8 * MIB,
+            commit_on_caller: true,
             min_blob_bytes: 1024,
             blob_file_bytes: 64 * MIB as u64,
             space_interval: Duration::from_millis(250),

@@ -28,7 +28,7 @@ pub(super) enum Op {
 }
 
 impl Op {
-    fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         const OVERHEAD: usize = 64;
         match self {
             Op::Append(entries) => entries.iter().map(|(_, e)| e.len() + OVERHEAD).sum(),
@@ -100,24 +100,49 @@ impl Queue {
         self.ready.notify_one();
     }
 
+    /// Adds a request without waking the committer's thread, if nothing else waits: the caller, who holds the committer,
+    /// takes it at once. Otherwise gives it back.
+    pub fn push_alone(&self, group: GroupId, op: Op, done: Done) -> Result<(), (Op, Done)> {
+        let mut waiting = self.waiting.lock();
+        if waiting.closing || !waiting.turn.is_empty() {
+            return Err((op, done));
+        }
+        waiting.add(Request {
+            group,
+            op,
+            done,
+            asked_at: Instant::now(),
+        });
+        Ok(())
+    }
+
     /// Sets a hint that the next write takes along. Never causes a write.
     pub fn set_committed(&self, group: GroupId, hint: Bytes) {
         self.waiting.lock().committed.insert(group, hint);
     }
 
-    /// Waits for work. `None` when closing and nothing is left.
+    /// Waits until there is work, or the queue is closing.
+    pub fn wait(&self) {
+        let mut waiting = self.waiting.lock();
+        while waiting.turn.is_empty() && !waiting.closing {
+            self.ready.wait(&mut waiting);
+        }
+    }
+
+    /// Takes work, perhaps none. `None` when closing and nothing is left. What is taken must be written before anything
+    /// is taken again: only who holds the committer calls this.
     pub fn take(&self, bytes_max: usize) -> Option<Taken> {
         let mut waiting = self.waiting.lock();
-        while waiting.turn.is_empty() {
-            if waiting.closing {
-                let committed = std::mem::take(&mut waiting.committed);
-                // One last write for the hints alone.
-                return (!committed.is_empty()).then(|| Taken {
-                    requests: Vec::new(),
-                    committed,
-                });
+        if waiting.turn.is_empty() {
+            if !waiting.closing {
+                return Some(Taken::default());
             }
-            self.ready.wait(&mut waiting);
+            let committed = std::mem::take(&mut waiting.committed);
+            // One last write for the hints alone.
+            return (!committed.is_empty()).then(|| Taken {
+                requests: Vec::new(),
+                committed,
+            });
         }
         let mut taken = Taken::default();
         let mut bytes = 0;

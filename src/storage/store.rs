@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -89,6 +89,7 @@ impl Store {
             .map_err(|e| io("raising the incarnation", e))?;
 
         let log = LogDb(Arc::new(LogInner {
+            committer: OnceLock::new(),
             db: Arc::new(opened.db),
             queue: Arc::new(Queue::default()),
             groups: Arc::new(Mutex::new(opened.groups)),
@@ -116,6 +117,12 @@ impl Store {
 
     fn start_threads(&self, witness: Witness, mark: Mark) -> Result<(), OpenError> {
         let committer = Committer::new(&self.log.0, witness, mark, self.opts.commit_batch_bytes_max);
+        let committer = Arc::new(Mutex::new(committer));
+        if self.opts.commit_on_caller {
+            // Set once: a store starts its threads once.
+            let _ = self.log.0.committer.set(committer.clone());
+        }
+        let queue = self.log.0.queue.clone();
         let reclaim = Reclaim::new(
             self.log.clone(),
             self.state.clone(),
@@ -144,7 +151,7 @@ impl Store {
             threads.push(thread);
             Ok(())
         };
-        spawn("log-committer", Box::new(move || committer.run()))?;
+        spawn("log-committer", Box::new(move || Committer::run(&committer, &queue)))?;
         spawn(
             "state-flusher",
             Box::new(move || upkeep::run_flusher(&state, flush_interval, flush_min)),

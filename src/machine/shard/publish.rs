@@ -84,7 +84,7 @@ impl ShardMachine {
         for item in &publish.items {
             outcomes.push(self.apply_item(&entry, sink, item, scratch)?);
         }
-        for (subject, offsets) in scratch.subjects.iter() {
+        for (subject, offsets) in scratch.subjects.sorted() {
             let mut parts = offsets.chunks(POSTING_OFFSETS_MAX);
             sink.put_posting(self.shard, subject, entry.base, parts.next().unwrap_or_default());
             // Only an entry of many well compressed batches gets here.

@@ -30,8 +30,10 @@ pub(super) struct Subjects {
     slots: Vec<Slot>,
     groups: Vec<Group>,
     used: usize,
+    /// Groups in the order of their subjects, made by `sorted`.
+    order: Vec<u32>,
     /// Subjects that all fall into one place would make this slow, and they are the clients' to choose. It decides
-    /// nothing that is written: groups are walked in the order in which their subjects came.
+    /// nothing that is written: groups are walked in the order of their subjects.
     seed: u64,
 }
 
@@ -41,6 +43,7 @@ impl Default for Subjects {
             slots: vec![Slot::default(); 64],
             groups: Vec::new(),
             used: 0,
+            order: Vec::new(),
             seed: RandomState::new().hash_one(0u8),
         }
     }
@@ -127,12 +130,20 @@ impl Subjects {
         }
     }
 
-    /// Each subject with its offsets, in the order in which they came. Those of refused items have none.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u32])> {
-        self.groups[..self.used]
-            .iter()
-            .filter(|group| !group.offsets.is_empty())
-            .map(|group| (group.subject.as_str(), group.offsets.as_slice()))
+    /// Each subject with its offsets, in the order of the subjects, which is that of the keys they are written under: a
+    /// sorted table takes a thousand of them in order several times faster than in any other. Those of refused items
+    /// have none.
+    pub fn sorted(&mut self) -> impl Iterator<Item = (&str, &[u32])> {
+        let groups = &self.groups[..self.used];
+        self.order.clear();
+        self.order
+            .extend((0..self.used as u32).filter(|index| !groups[*index as usize].offsets.is_empty()));
+        self.order
+            .sort_unstable_by(|a, b| groups[*a as usize].subject.cmp(&groups[*b as usize].subject));
+        self.order.iter().map(|index| {
+            let group = &groups[*index as usize];
+            (group.subject.as_str(), group.offsets.as_slice())
+        })
     }
 
     /// Empties it for the next publish.
@@ -181,11 +192,11 @@ mod tests {
             }
             assert_eq!(subjects.last("s.1"), Some(count as u32 * 2 + 1));
             assert_eq!(subjects.last("none"), None);
-            let found: Vec<_> = subjects.iter().map(|(s, o)| (s.to_string(), o.to_vec())).collect();
+            let found: Vec<_> = subjects.sorted().map(|(s, o)| (s.to_string(), o.to_vec())).collect();
             assert_eq!(found.len(), count);
-            for (i, (subject, offsets)) in found.iter().enumerate() {
-                let i = i as u32;
-                assert_eq!(subject, &format!("s.{i}"));
+            assert!(found.is_sorted_by_key(|(subject, _)| subject.clone()));
+            for (subject, offsets) in &found {
+                let i: u32 = subject.trim_start_matches("s.").parse().expect("a number");
                 assert_eq!(offsets, &[i, i + count as u32, i + 2 * count as u32]);
             }
             subjects.clear();
