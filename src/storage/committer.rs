@@ -1,6 +1,7 @@
-//! The one writer of log/: a thread, or for a lone small request on a quick disk its caller. It takes what all groups ask for, writes it as one batch, syncs once, completes the
-//! requests in order and then notes the write in the witness. There is no timer: a lone request is written at
-//! once, and while a sync runs the next batch grows. A failed write or sync poisons the store.
+//! The one writer of log/: a thread, or for a lone small request on a quick disk its caller. It takes what all groups
+//! ask for, writes it as one batch, syncs once, notes the write in the witness and then completes the requests in
+//! order. There is no timer: a lone request is written at once, and while a sync runs the next batch grows. A failed
+//! write or sync poisons the store.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -228,11 +229,6 @@ impl Committer {
         self.written.fetch_add(bytes as u64, Ordering::Relaxed);
         self.show(&outcomes, taken.committed);
         finish(outcomes);
-        // What was synced is told first and witnessed then: nobody waits for the witness, which may lag behind.
-        if let Err(error) = self.witness.note(mark) {
-            self.shared.poison("writing the witness", error.to_string());
-            return Err(());
-        }
         self.resolve_range_deletes();
         Ok(())
     }
@@ -254,7 +250,10 @@ impl Committer {
             .write_opt(batch, &engine::synced())
             .map_err(|e| ("writing and syncing the log", e.to_string()))?;
         self.mark = mark;
-        Ok(())
+        // Before anybody is told: a kill in between, and damage to the end of the log, would lose what was told.
+        self.witness
+            .note(mark)
+            .map_err(|e| ("writing the witness", e.to_string()))
     }
 
     /// Puts a request into the batch, or refuses it without touching the batch.

@@ -1,11 +1,11 @@
 //! The witness: a file outside `log/` that knows how far the log was synced.
 //!
 //! After each sync the committer writes the number and digest of that write, unsynced, into one of two slots in turn.
-//! A kill leaves it at most one write behind (the page cache survives the process); after a power failure it may lag
-//! behind further. Then it says less, never something wrong. A log behind its witness, or with another digest at its number, lost something.
+//! A kill leaves it exact (the page cache survives the process); after a power failure it may lag behind, and then
+//! says less, never something wrong. A log behind its witness, or with another digest at its number, lost something.
 //!
-//! What remains: a power failure that takes the newest witness writes (or a kill between a sync and its witness), and
-//! in the same moment damage to the very last synced write of the log. Damage to any earlier write is seen without the witness, because a later one follows it.
+//! What remains: a power failure that takes the newest witness writes, and in the same moment damage to the very last
+//! synced write of the log. Damage to any earlier write is seen without the witness, because a later one follows it.
 //!
 //! Slot, 64 bytes, at 0 and at 4096, little endian: magic "MSWITNES" (8), version (1), zero (3), CRC of all the rest
 //! (4), store id (16), number (8), digest (8), zero (16).
