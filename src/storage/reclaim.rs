@@ -43,6 +43,10 @@ const IDLE_WAL_BYTES: u64 = 16 << 20;
 const COMPACT_REST: u32 = 9;
 /// … and collecting garbage, which moves live bytes and so frees what it takes.
 const COLLECT_REST: u32 = 2;
+/// While less than this is written a second, garbage is collected down to a third of what is allowed: moving live bytes
+/// then costs nobody anything.
+const QUIET_BYTES_PER_SECOND: f64 = (4 << 20) as f64;
+const QUIET_SHARE: f64 = 1.0 / 3.0;
 /// Idle for this long.
 const IDLE_TIME: Duration = Duration::from_secs(5);
 
@@ -72,6 +76,8 @@ pub(super) struct Reclaim {
     /// The committer's last write seen, and when it was new.
     log_seen: (u64, Instant),
     log_flushed: u64,
+    /// The committer's bytes at the last step, and when that was.
+    last_step: (u64, Instant),
 }
 
 impl Reclaim {
@@ -88,7 +94,16 @@ impl Reclaim {
             collect_not_before: Instant::now(),
             log_seen: (0, Instant::now()),
             log_flushed: 0,
+            last_step: (0, Instant::now()),
         }
+    }
+
+    /// Whether little was written since the last step.
+    fn is_quiet(&mut self) -> bool {
+        let (written, now) = (self.log.0.written.load(Ordering::Relaxed), Instant::now());
+        let (before, then) = std::mem::replace(&mut self.last_step, (written, now));
+        let seconds = now.saturating_duration_since(then).as_secs_f64().max(0.1);
+        (written.saturating_sub(before) as f64) < seconds * QUIET_BYTES_PER_SECOND
     }
 
     /// Runs until closed.
@@ -109,6 +124,7 @@ impl Reclaim {
 
     /// One step. Public to tests through `Store::reclaim_now`.
     pub fn step(&mut self) -> Result<(), StorageError> {
+        let quiet = self.is_quiet();
         self.flush_waiting_trims()?;
         self.remove_trimmed()?;
         if !self.pending.is_empty() && !self.upkeep.is_closing() && Instant::now() >= self.compact_not_before {
@@ -118,7 +134,7 @@ impl Reclaim {
         }
         if !self.upkeep.is_closing() && Instant::now() >= self.collect_not_before {
             let begun = Instant::now();
-            self.collect_garbage()?;
+            self.collect_garbage(quiet)?;
             self.collect_not_before = Instant::now() + begun.elapsed() * COLLECT_REST;
         }
         if !self.upkeep.is_closing() {
@@ -203,10 +219,11 @@ impl Reclaim {
         Ok(())
     }
 
-    fn collect_garbage(&mut self) -> Result<(), StorageError> {
+    fn collect_garbage(&mut self, quiet: bool) -> Result<(), StorageError> {
         let files = blob_files(&self.state);
         metrics::gauge!(names::BLOB_GARBAGE_BYTES).set(files.iter().map(|f| f.garbage_bytes).sum::<u64>() as f64);
-        let count = files_to_collect(&files, self.opts.garbage_ratio_max, self.opts.garbage_min_bytes);
+        let allowed = self.opts.garbage_ratio_max * if quiet { QUIET_SHARE } else { 1.0 };
+        let count = files_to_collect(&files, allowed, self.opts.garbage_min_bytes);
         if count == 0 {
             return Ok(());
         }

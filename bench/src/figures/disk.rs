@@ -203,6 +203,10 @@ pub async fn space_after_trim(lab: &Lab, name: &str) -> Result<Vec<Row>> {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     let held = disk_held_bytes(&server.data_dir())?;
+    for part in ["log", "state"] {
+        let held = disk_held_bytes(&server.data_dir().join(part))?;
+        eprintln!("  {part:<10} {:>6} MiB held", held >> 20);
+    }
 
     let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let mut rows = Rows::new(name, lab.run, lab.conditions());
