@@ -10,7 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::Refusal;
-use super::{Edge, publish_session};
+use super::{Edge, Placed, SessionKind, publish_session};
 use crate::base::RetryClass;
 use crate::base::budget::BytePermit;
 use crate::broker::error::PublishError;
@@ -47,16 +47,14 @@ impl PublishService for Publish {
         &self,
         request: Request<Streaming<v1::PublishSessionRequest>>,
     ) -> Result<Response<Frames>, Status> {
-        self.edge.accepting()?;
-        let session = self.edge.open_session()?;
+        let place = self.edge.open_session(SessionKind::Publish)?;
         let (tx, rx) = mpsc::channel(FRAMES);
-        let edge = self.edge.clone();
-        let input = request.into_inner();
-        self.edge.tasks.spawn("publish session", async move {
-            publish_session::run(edge, input, tx).await;
-            drop(session);
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+        let session = publish_session::run(self.edge.clone(), request.into_inner(), tx);
+        self.edge.tasks.spawn("publish session", session);
+        Ok(Response::new(Box::pin(Placed {
+            answers: ReceiverStream::new(rx),
+            _place: place,
+        })))
     }
 }
 

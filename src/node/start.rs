@@ -161,6 +161,7 @@ impl Running {
             sessions.clone(),
             context.draining.clone(),
             config.limits.sessions_max as usize,
+            context.read_memory.clone(),
             ServerFacts {
                 node_name: config.node.name.clone(),
                 node_id: identity.node_id.get(),
