@@ -569,6 +569,83 @@ async fn a_clock_a_year_ahead_expires_nothing() {
     check(&api.read_all("s").await.unwrap(), 101, 0, 100);
 }
 
+/// The same for a restart: the time at which the node last ran is known, and a wall clock that is far from it is not
+/// believed until somebody vouches for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_under_a_clock_a_year_ahead_expires_nothing() {
+    let year_us = 365 * 24 * 3600 * 1_000_000u64;
+    let now_us = || {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.unwrap().as_micros() as u64
+    };
+    let mut node = Node::start(Options::faulty()).await;
+    let api = node.api().await;
+    let limits = v1::Limits {
+        max_age_us: Some(3_600_000_000),
+        ..Default::default()
+    };
+    let spec = v1::StreamSpec {
+        name: "s".into(),
+        limits: Some(limits),
+        ..Default::default()
+    };
+    api.create(spec).await.unwrap();
+    for n in 1..=50 {
+        publish(&api, n, 100).await.unwrap();
+    }
+    let mut last = 50;
+    for (offset, orderly) in [(format!("{year_us}"), false), (format!("-{year_us}"), true)] {
+        if orderly {
+            node.term();
+            assert!(node.wait_exit().await.success());
+        } else {
+            node.kill9().await;
+        }
+        node.options = Options::faulty().run(&format!("clock-offset-us {offset}"));
+        node.restart().await;
+        let api = node.api().await;
+        until("the alarm", async || alarmed(&api.info().await.unwrap(), "clock_jump")).await;
+        assert!(
+            node.log().contains("--accept-clock"),
+            "says what to do:\n{}",
+            node.log()
+        );
+        // Long enough for every periodic thing to have happened. There is no event to wait for: nothing happens.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        // What is published meanwhile is stamped by the time that went on, not by the clock that is off.
+        last += 1;
+        publish(&api, last, 100).await.unwrap();
+        let stamped = api.get("s", 0, last).await.unwrap().append_time_us;
+        assert!(
+            stamped.abs_diff(now_us()) < 600_000_000,
+            "stamped {stamped}, it is {}",
+            now_us()
+        );
+        check(&api.read_all("s").await.unwrap(), last, 0, 100);
+        // The clock is put right: no restart is needed.
+        node.faults("clock-offset-us 0");
+        until("the end of the alarm", async || {
+            !alarmed(&api.info().await.unwrap(), "clock_jump")
+        })
+        .await;
+        last += 1;
+        publish(&api, last, 100).await.unwrap();
+        check(&api.read_all("s").await.unwrap(), last, 0, 100);
+    }
+    // An operator vouches for the clock: then what is a year old expires. So it was this that kept it.
+    node.kill9().await;
+    node.options = Options::faulty().run(&format!("clock-offset-us {year_us}"));
+    node.options.flags.push("--accept-clock".into());
+    node.restart().await;
+    let api = node.api().await;
+    until("everything expires", async || {
+        let shard = &api.stream("s").await.unwrap().shards[0];
+        shard.floor == shard.tail && shard.tail == last + 1
+    })
+    .await;
+    assert!(!alarmed(&api.info().await.unwrap(), "clock_jump"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_under_load_says_go_away_and_keeps_everything() {
     let mut node = Node::start(Options::plain()).await;

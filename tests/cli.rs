@@ -226,6 +226,33 @@ async fn publishing_keeps_its_conditions() {
     );
 }
 
+/// Not to try again is not the same as not to try.
+#[tokio::test]
+async fn publishing_without_retries_publishes() {
+    let mut node = Node::start(Options::plain()).await;
+    let cli = Cli { node: &node };
+    cli.ok(&["stream", "create", "orders"]);
+    let lines: String = (0..10_000).map(|n| format!("message {n}\n")).collect();
+    cli.piped(&["pub", "orders", "--retry-for", "0s"], lines.as_bytes());
+    assert!(cli.ok(&["sub", "orders", "--raw"]) == lines.as_bytes(), "all is stored");
+    let address = node.client_addr();
+    node.kill9().await;
+    let out = Command::new(env!("CARGO_BIN_EXE_mainstem"))
+        .args([
+            "pub",
+            "orders",
+            "--retry-for",
+            "0s",
+            "--server",
+            &address,
+            "-f",
+            "/dev/null",
+        ])
+        .output()
+        .unwrap();
+    assert!(!out.status.success(), "nobody is there");
+}
+
 #[tokio::test]
 async fn contexts_name_servers() {
     let node = Node::start(Options::plain()).await;

@@ -7,6 +7,7 @@ mod machine_support;
 use std::collections::BTreeMap;
 
 use machine_support::Store;
+use mainstem::machine::meta::remembered;
 use mainstem::machine::port::MetaKind;
 use mainstem::machine::{MetaMachine, MetaOutcome, MetaRefusal};
 use mainstem::model::limits::REQUEST_MEMORY_US;
@@ -326,7 +327,14 @@ fn a_repeated_request_gets_its_first_answer() {
         removed,
         "though there is no such stream any more"
     );
-    assert!(pair.machine.answered("remove", pair.time_us).is_some());
+    // A proposer finds the same in the stored record, and only for the same request.
+    let record = pair.store.0.borrow().meta[&(MetaKind::Request, b"remove".to_vec())].clone();
+    assert_eq!(remembered(&record, &remove(), pair.time_us).unwrap(), Some(removed));
+    let other = create(1, spec("a", &["a"]));
+    assert!(matches!(
+        remembered(&record, &other, pair.time_us).unwrap(),
+        Some(MetaOutcome::Refused(MetaRefusal::RequestIdReused { .. }))
+    ));
     // What was refused may be tried again.
     let refused = pair.apply("again", create(4, spec("x", &["b.>", "x"])));
     assert!(matches!(refused, MetaOutcome::StreamCreated(_)));
@@ -336,7 +344,7 @@ fn a_repeated_request_gets_its_first_answer() {
         MetaOutcome::Refused(MetaRefusal::SubjectsOverlap { .. })
     ));
     pair.time_us += REQUEST_MEMORY_US;
-    assert!(pair.machine.answered("r", pair.time_us).is_none());
+    assert_eq!(remembered(&record, &remove(), pair.time_us).unwrap(), None);
     let after = pair.apply("r", create(6, spec("a", &["a"])));
     assert!(
         matches!(after, MetaOutcome::StreamCreated(_)),

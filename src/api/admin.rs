@@ -9,6 +9,7 @@ use super::status::Refusal;
 use crate::broker::namespace_or_default;
 use crate::control::PurgeUpto;
 use crate::control::view::StreamView;
+use crate::model::limits::REQUEST_ID_BYTES_MAX;
 use crate::model::{Sequence, StreamId};
 use crate::wire::v1;
 use crate::wire::v1::server_service_server::ServerService;
@@ -113,7 +114,7 @@ impl StreamService for Streams {
         let (stream, existed) = self
             .edge
             .control
-            .create_stream(spec, request.request_id)
+            .create_stream(spec, known_as(request.request_id)?)
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(v1::CreateStreamResponse {
@@ -199,7 +200,7 @@ impl StreamService for Streams {
         let stream = self
             .edge
             .control
-            .update_stream(spec, &paths, request.expected_revision, request.request_id)
+            .update_stream(spec, &paths, request.expected_revision, known_as(request.request_id)?)
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(v1::UpdateStreamResponse {
@@ -221,7 +222,7 @@ impl StreamService for Streams {
                 &request.name,
                 request.grace_us,
                 request.expected_revision,
-                request.request_id,
+                known_as(request.request_id)?,
             )
             .await
             .map_err(Refusal::from)?;
@@ -248,7 +249,7 @@ impl StreamService for Streams {
                 namespace_or_default(&request.namespace),
                 &request.name,
                 request.stream_id,
-                request.request_id,
+                known_as(request.request_id)?,
             )
             .await
             .map_err(Refusal::from)?;
@@ -291,6 +292,20 @@ impl StreamService for Streams {
             purged_messages: purged,
         }))
     }
+}
+
+/// A request id, within its limit: it is kept in the catalog for a while.
+fn known_as(request_id: String) -> Result<String, Refusal> {
+    if request_id.len() > REQUEST_ID_BYTES_MAX {
+        return Err(Refusal::bad_request(
+            "BAD_REQUEST",
+            format!(
+                "a request id has at most {REQUEST_ID_BYTES_MAX} bytes, not {}: a UUID will do",
+                request_id.len()
+            ),
+        ));
+    }
+    Ok(request_id)
 }
 
 fn page_key(stream: &StreamView) -> String {

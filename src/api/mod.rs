@@ -2,19 +2,24 @@
 //! here: draining, session counts, memory, disk space.
 
 mod admin;
+mod outgoing;
 mod publish;
 mod publish_session;
 mod read;
 mod read_session;
 pub mod status;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::Stream;
 use tokio::sync::watch;
 
 use crate::base::alarms::Alarms;
+use crate::base::budget::ByteBudget;
 use crate::base::metric_names::API_OPEN_SESSIONS;
 use crate::base::tasks::Tasks;
 use crate::broker::Broker;
@@ -53,19 +58,62 @@ pub struct Edge {
     /// True once the node is on its way down: clients are told to go away.
     pub draining: watch::Receiver<bool>,
     pub sessions_max: usize,
+    /// Messages read for clients and not yet sent.
+    pub read_memory: ByteBudget,
     pub facts: ServerFacts,
     sessions: Arc<AtomicUsize>,
+}
+
+/// What a session is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SessionKind {
+    Publish,
+    Read,
+}
+
+impl SessionKind {
+    fn label(self) -> &'static str {
+        match self {
+            SessionKind::Publish => "publish",
+            SessionKind::Read => "read",
+        }
+    }
 }
 
 /// A place among the open sessions; given back when dropped.
 pub struct SessionPlace {
     sessions: Arc<AtomicUsize>,
+    open: metrics::Gauge,
+}
+
+impl SessionPlace {
+    #[cfg(test)]
+    fn for_test() -> Self {
+        Self {
+            sessions: Arc::new(AtomicUsize::new(1)),
+            open: metrics::Gauge::noop(),
+        }
+    }
 }
 
 impl Drop for SessionPlace {
     fn drop(&mut self) {
-        let left = self.sessions.fetch_sub(1, Ordering::AcqRel) - 1;
-        metrics::gauge!(API_OPEN_SESSIONS).set(left as f64);
+        self.sessions.fetch_sub(1, Ordering::AcqRel);
+        self.open.decrement(1.0);
+    }
+}
+
+/// The answers of a session, with its place: what a client has not taken of a session that has ended counts as one.
+struct Placed<S> {
+    answers: S,
+    _place: SessionPlace,
+}
+
+impl<S: Stream + Unpin> Stream for Placed<S> {
+    type Item = S::Item;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
+        Pin::new(&mut self.answers).poll_next(cx)
     }
 }
 
@@ -78,6 +126,7 @@ impl Edge {
         tasks: Tasks,
         draining: watch::Receiver<bool>,
         sessions_max: usize,
+        read_memory: ByteBudget,
         facts: ServerFacts,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -87,6 +136,7 @@ impl Edge {
             tasks,
             draining,
             sessions_max,
+            read_memory,
             facts,
             sessions: Arc::default(),
         })
@@ -100,15 +150,18 @@ impl Edge {
         Ok(())
     }
 
-    fn open_session(&self) -> Result<SessionPlace, Refusal> {
-        let open = self.sessions.fetch_add(1, Ordering::AcqRel) + 1;
+    fn open_session(&self, kind: SessionKind) -> Result<SessionPlace, Refusal> {
+        self.accepting()?;
+        let open = metrics::gauge!(API_OPEN_SESSIONS, "kind" => kind.label());
+        open.increment(1.0);
+        let before = self.sessions.fetch_add(1, Ordering::AcqRel);
         let place = SessionPlace {
             sessions: self.sessions.clone(),
+            open,
         };
-        if open > self.sessions_max {
+        if before >= self.sessions_max {
             return Err(ReadError::Overloaded { max: self.sessions_max }.into());
         }
-        metrics::gauge!(API_OPEN_SESSIONS).set(open as f64);
         Ok(place)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::Stream;
 use std::pin::Pin;
 use tokio::sync::mpsc;
@@ -9,10 +10,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::Refusal;
-use super::{Edge, publish_session};
+use super::{Edge, Placed, SessionKind, publish_session};
+use crate::base::RetryClass;
 use crate::base::budget::BytePermit;
 use crate::broker::error::PublishError;
-use crate::broker::ingest::{Item, Outcome, ReplyTo};
+use crate::broker::ingest::{Ingest, Item, Outcome, Place, ReplyTo};
 use crate::broker::validate::{check_expectation, check_subject, validate_batch};
 use crate::control::view::StreamView;
 use crate::machine::ItemOutcome;
@@ -45,16 +47,14 @@ impl PublishService for Publish {
         &self,
         request: Request<Streaming<v1::PublishSessionRequest>>,
     ) -> Result<Response<Frames>, Status> {
-        self.edge.accepting()?;
-        let session = self.edge.open_session()?;
+        let place = self.edge.open_session(SessionKind::Publish)?;
         let (tx, rx) = mpsc::channel(FRAMES);
-        let edge = self.edge.clone();
-        let input = request.into_inner();
-        self.edge.tasks.spawn("publish session", async move {
-            publish_session::run(edge, input, tx).await;
-            drop(session);
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+        let session = publish_session::run(self.edge.clone(), request.into_inner(), tx);
+        self.edge.tasks.spawn("publish session", session);
+        Ok(Response::new(Box::pin(Placed {
+            answers: ReceiverStream::new(rx),
+            _place: place,
+        })))
     }
 }
 
@@ -63,6 +63,15 @@ struct Part {
     shard: u32,
     places: Vec<usize>,
     builder: BatchBuilder,
+}
+
+/// A part that can be handed to its shard.
+struct Ready {
+    shard: u32,
+    places: Vec<usize>,
+    batch: Bytes,
+    permit: BytePermit,
+    ingest: Ingest,
 }
 
 impl Publish {
@@ -100,66 +109,36 @@ impl Publish {
                 ),
             ));
         }
-        broker.admit()?;
-        let (tx, mut rx) = mpsc::channel(parts.len());
-        let mut places = Vec::new();
-        for mut part in parts {
-            let access = broker.shard(&stream, part.shard)?;
-            let batch = part
-                .builder
-                .build(Codec::None)
-                .ok_or_else(|| Refusal::bad_request("BAD_MESSAGE", "a part of the publish has no messages"))?;
-            validate_batch(&stream, part.shard, stream.map.epoch(), &batch)?;
-            if let Some(expect) = &request.expect {
-                check_expectation(&stream, part.shard, expect)?;
-            }
-            let permit = self.permit(batch.len())?;
-            let tag = places.len() as u64;
-            places.push((part.shard, part.places));
-            broker.submit(
-                &access,
-                Item {
-                    batch,
-                    producer: None,
-                    expect: request.expect.clone(),
-                    permit,
-                    reply: ReplyTo {
-                        tag,
-                        channel: tx.clone(),
-                    },
-                },
-            );
-        }
+        let ready = self.prepare(&stream, parts, request.expect.as_ref())?;
+        let (tx, mut rx) = mpsc::channel(ready.len());
+        let places = self.submit_all(ready, request.expect.as_ref(), &tx)?;
+        // From here on something may be stored: no early return. A reply that never comes ends the channel.
         drop(tx);
         let mut acks = vec![v1::MessageAck::default(); request.messages.len()];
-        let mut failed: Option<PublishError> = None;
-        let mut stored = false;
-        for _ in 0..places.len() {
+        let mut stored = 0;
+        let mut failures = Vec::new();
+        while stored + failures.len() < places.len() {
             let Some((tag, outcome)) = rx.recv().await else {
-                return Err(lost_outcome().into());
+                failures.push(lost_outcome());
+                break;
             };
-            let (shard, places) = places
-                .get(usize::try_from(tag).unwrap_or(usize::MAX))
-                .ok_or_else(|| Refusal::from(lost_outcome()))?;
-            match message_acks(*shard, places, outcome) {
+            let answered = match usize::try_from(tag).ok().and_then(|tag| places.get(tag)) {
+                Some((shard, places)) => message_acks(*shard, places, outcome),
+                None => Err(lost_outcome()),
+            };
+            match answered {
                 Ok(part) => {
-                    stored = true;
+                    stored += 1;
                     for (place, ack) in part {
                         if let Some(slot) = acks.get_mut(place) {
                             *slot = ack;
                         }
                     }
                 }
-                Err(e) => failed = Some(e),
+                Err(e) => failures.push(e),
             }
         }
-        if let Some(e) = failed {
-            let mut refusal = Refusal::from(e);
-            if stored {
-                // Some shards took their part: only a retry with the same message ids is safe.
-                refusal.retry = crate::base::RetryClass::MayHaveHappened;
-                refusal.message = format!("part of the messages was stored, but: {}", refusal.message);
-            }
+        if let Some(refusal) = refusal_of(failures, stored > 0) {
             return Err(refusal);
         }
         Ok(v1::PublishResponse {
@@ -168,6 +147,63 @@ impl Publish {
             acks,
             durability: v1::Durability::QuorumSynced.into(),
         })
+    }
+
+    /// Checks every part and takes its memory before any part is handed over: what is refused here did not happen.
+    fn prepare(
+        &self,
+        stream: &StreamView,
+        parts: Vec<Part>,
+        expect: Option<&v1::Expectation>,
+    ) -> Result<Vec<Ready>, Refusal> {
+        let broker = &self.edge.broker;
+        broker.admit()?;
+        let mut ready = Vec::with_capacity(parts.len());
+        for mut part in parts {
+            let access = broker.shard(stream, part.shard)?;
+            let batch = part
+                .builder
+                .build(Codec::None)
+                .ok_or_else(|| Refusal::bad_request("BAD_MESSAGE", "a part of the publish has no messages"))?;
+            validate_batch(stream, part.shard, stream.map.epoch(), &batch)?;
+            if let Some(expect) = expect {
+                check_expectation(stream, part.shard, expect)?;
+            }
+            ready.push(Ready {
+                permit: self.permit(batch.len())?,
+                ingest: broker.ingest(&access),
+                batch,
+                shard: part.shard,
+                places: part.places,
+            });
+        }
+        Ok(ready)
+    }
+
+    /// Hands over all parts or, if a shard has no room, none. Returns each part's shard and places, by tag.
+    fn submit_all(
+        &self,
+        ready: Vec<Ready>,
+        expect: Option<&v1::Expectation>,
+        replies: &mpsc::Sender<(u64, Outcome)>,
+    ) -> Result<Vec<(u32, Vec<usize>)>, Refusal> {
+        let ingests: Vec<Ingest> = ready.iter().map(|part| part.ingest.clone()).collect();
+        let rooms: Vec<Place<'_>> = ingests.iter().map(Ingest::reserve).collect::<Result<_, _>>()?;
+        let mut places = Vec::with_capacity(ready.len());
+        for ((part, room), tag) in ready.into_iter().zip(rooms).zip(0..) {
+            places.push((part.shard, part.places));
+            room.submit(Item {
+                batch: part.batch,
+                producer: None,
+                expect: expect.cloned(),
+                permit: part.permit,
+                reply: ReplyTo {
+                    tag,
+                    channel: replies.clone(),
+                },
+            });
+        }
+        Ok(places)
     }
 
     fn permit(&self, bytes: usize) -> Result<BytePermit, Refusal> {
@@ -184,6 +220,28 @@ fn lost_outcome() -> PublishError {
     PublishError::Propose(crate::raft::ProposeError::Unknown {
         group: crate::model::GroupId::new(0),
     })
+}
+
+/// What is told of a publish of which these parts failed; nothing if none did. The part that needs a change of the
+/// request is told first. Where another part was stored, or may have been, only a retry with the same message ids is
+/// safe, whatever became of the part that is told.
+fn refusal_of(failures: Vec<PublishError>, stored: bool) -> Option<Refusal> {
+    let unknown = failures.iter().any(|e| e.retry_class() == RetryClass::MayHaveHappened);
+    let worst = failures.into_iter().min_by_key(|e| match e.retry_class() {
+        RetryClass::CannotWork => 0,
+        RetryClass::MayHaveHappened => 1,
+        RetryClass::DidNotHappen => 2,
+    })?;
+    let mut refusal = Refusal::from(worst);
+    if stored {
+        refusal.message = format!("part of the messages was stored, but: {}", refusal.message);
+    } else if unknown && refusal.retry != RetryClass::MayHaveHappened {
+        refusal.message = format!("part of the messages may have been stored, but: {}", refusal.message);
+    }
+    if stored || unknown {
+        refusal.retry = RetryClass::MayHaveHappened;
+    }
+    Some(refusal)
 }
 
 /// Groups messages by shard, in order.
@@ -272,4 +330,35 @@ fn message_acks(shard: u32, places: &[usize], outcome: Outcome) -> Result<Vec<(u
         acks.push((*place, ack));
     }
     Ok(acks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine;
+
+    /// Neither the order in which the parts' answers come nor a part that certainly failed hides what may be stored.
+    #[test]
+    fn a_part_that_may_be_stored_is_never_told_as_not_happened() {
+        let full = || PublishError::Overloaded { what: "a test" };
+        let wrong = || PublishError::Refused(machine::Refusal::BadBatch);
+        use RetryClass::{CannotWork, DidNotHappen, MayHaveHappened};
+        let cases = [
+            (vec![full()], false, "OVERLOADED", DidNotHappen),
+            (vec![full()], true, "OVERLOADED", MayHaveHappened),
+            (vec![wrong()], false, "BAD_BATCH", CannotWork),
+            (vec![wrong()], true, "BAD_BATCH", MayHaveHappened),
+            (vec![full(), wrong()], false, "BAD_BATCH", CannotWork),
+            (vec![lost_outcome()], false, "OUTCOME_UNKNOWN", MayHaveHappened),
+            (vec![lost_outcome(), full()], false, "OUTCOME_UNKNOWN", MayHaveHappened),
+            (vec![full(), lost_outcome()], false, "OUTCOME_UNKNOWN", MayHaveHappened),
+            (vec![lost_outcome(), wrong()], false, "BAD_BATCH", MayHaveHappened),
+        ];
+        for (failures, stored, reason, retry) in cases {
+            let text = format!("{failures:?} {stored}");
+            let told = refusal_of(failures, stored).expect("a failure");
+            assert_eq!((told.reason, told.retry), (reason, retry), "{text}");
+        }
+        assert!(refusal_of(Vec::new(), true).is_none());
+    }
 }

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use prost::Message;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::outgoing::outgoing;
 use super::status::Refusal;
-use super::{Edge, read_session};
+use super::{Edge, SessionKind, read_session};
+use crate::base::budget::{BytePermit, Held};
 use crate::broker::ShardAccess;
 use crate::broker::cursor::Cursor;
 use crate::broker::error::ReadError;
@@ -28,8 +29,10 @@ const FETCH_MESSAGES_MAX: u32 = 1_000;
 const FETCH_BYTES: u32 = 1 << 20;
 const FETCH_BYTES_MAX: u32 = 8 << 20;
 const FETCH_WAIT_MAX: Duration = Duration::from_secs(30);
-/// Frames waiting to be sent to one client.
-const FRAMES: usize = 4;
+/// Memory that a single read takes before it knows the size of what it finds.
+const GET_BYTES: usize = 64 << 10;
+/// What a message takes in an answer besides its payload and subject.
+const MESSAGE_OVERHEAD: usize = 64;
 
 /// The service.
 pub struct Read {
@@ -42,12 +45,19 @@ type Frames = Pin<Box<dyn Stream<Item = Result<v1::ReadSessionResponse, Status>>
 impl ReadService for Read {
     async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
         self.edge.accepting()?;
-        Ok(Response::new(self.get_one(request.into_inner()).await?))
+        let mut memory = self.memory(GET_BYTES)?;
+        let answer = self.get_one(request.into_inner()).await?;
+        self.fit(&mut memory, answer.encoded_len())?;
+        Ok(holding(answer, memory))
     }
 
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<v1::FetchResponse>, Status> {
         self.edge.accepting()?;
-        Ok(Response::new(self.fetch_page(request.into_inner()).await?))
+        let (answer, memory) = self.fetch_page(request.into_inner()).await?;
+        Ok(match memory {
+            Some(memory) => holding(answer, memory),
+            None => Response::new(answer),
+        })
     }
 
     type ReadSessionStream = Frames;
@@ -56,17 +66,19 @@ impl ReadService for Read {
         &self,
         request: Request<Streaming<v1::ReadSessionRequest>>,
     ) -> Result<Response<Frames>, Status> {
-        self.edge.accepting()?;
-        let session = self.edge.open_session()?;
-        let (tx, rx) = mpsc::channel(FRAMES);
-        let edge = self.edge.clone();
-        let input = request.into_inner();
-        self.edge.tasks.spawn("read session", async move {
-            read_session::run(edge, input, tx).await;
-            drop(session);
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+        let place = self.edge.open_session(SessionKind::Read)?;
+        let (output, frames) = outgoing(self.edge.read_memory.clone(), place);
+        let session = read_session::run(self.edge.clone(), request.into_inner(), output);
+        self.edge.tasks.spawn("read session", session);
+        Ok(Response::new(Box::pin(frames)))
     }
+}
+
+/// An answer that holds memory until it is sent.
+fn holding<T>(answer: T, memory: BytePermit) -> Response<T> {
+    let mut response = Response::new(answer);
+    response.extensions_mut().insert(Held::from(memory));
+    response
 }
 
 /// A record in its decoded form.
@@ -146,6 +158,21 @@ pub async fn begin(
 }
 
 impl Read {
+    /// Memory for an answer; refused at once where there is none.
+    fn memory(&self, bytes: usize) -> Result<BytePermit, Refusal> {
+        let permit = self.edge.read_memory.try_acquire(bytes);
+        permit.ok_or_else(|| ReadError::NoMemory.into())
+    }
+
+    /// Makes the memory that an answer holds as large as the answer.
+    fn fit(&self, memory: &mut BytePermit, bytes: usize) -> Result<(), Refusal> {
+        match bytes.checked_sub(memory.bytes()) {
+            None => memory.shrink_to(bytes),
+            Some(more) => memory.merge(self.memory(more)?),
+        }
+        Ok(())
+    }
+
     async fn get_one(&self, request: v1::GetRequest) -> Result<v1::GetResponse, Refusal> {
         let broker = &self.edge.broker;
         let stream = broker.stream(&request.namespace, &request.stream)?;
@@ -180,7 +207,7 @@ impl Read {
         })
     }
 
-    async fn fetch_page(&self, request: v1::FetchRequest) -> Result<v1::FetchResponse, Refusal> {
+    async fn fetch_page(&self, request: v1::FetchRequest) -> Result<(v1::FetchResponse, Option<BytePermit>), Refusal> {
         let broker = &self.edge.broker;
         let messages_max = match request.max_messages {
             0 => FETCH_MESSAGES,
@@ -204,14 +231,22 @@ impl Read {
         let mut readers: Vec<(u32, ShardReader)> = accesses
             .iter()
             .zip(starts)
-            .map(|(access, next)| (access.place.index, broker.reader(access, next, filters.clone())))
+            .map(|(access, next)| {
+                let reader = broker.reader(access, next, filters.clone());
+                (access.place.index, reader.among(accesses.len()))
+            })
             .collect();
+        // Taken only while there is something to read: who waits for messages holds none.
+        let mut memory = None;
         let deadline = tokio::time::Instant::now() + wait;
         let mut messages = Vec::new();
         let mut room = i64::from(bytes_max);
         let mut caught_up;
         loop {
             caught_up = true;
+            if memory.is_none() && readers.iter().any(|(_, r)| r.has_more()) {
+                memory = Some(self.memory(bytes_max as usize)?);
+            }
             for (shard, reader) in &mut readers {
                 while (messages.len() as u64) < u64::from(messages_max) && room > 0 {
                     let left = u64::from(messages_max) - messages.len() as u64;
@@ -222,7 +257,7 @@ impl Read {
                     {
                         Step::Deliver(delivery) => {
                             for (sequence, record) in delivery.records()? {
-                                room -= record.payload.len() as i64 + record.subject.len() as i64 + 64;
+                                room -= (record.payload.len() + record.subject.len() + MESSAGE_OVERHEAD) as i64;
                                 messages.push(message_of(*shard, sequence, delivery.append_time, record));
                             }
                         }
@@ -235,6 +270,7 @@ impl Read {
             if !messages.is_empty() || !caught_up || tokio::time::Instant::now() >= deadline {
                 break;
             }
+            memory = None;
             let mut changes: FuturesUnordered<_> = readers.iter_mut().map(|(_, r)| r.changed()).collect();
             let mut draining = self.edge.draining.clone();
             tokio::select! {
@@ -248,12 +284,16 @@ impl Read {
             epoch: stream.epoch,
             next: readers.iter().map(|(shard, r)| (*shard, r.next())).collect(),
         };
-        Ok(v1::FetchResponse {
+        let answer = v1::FetchResponse {
             messages,
             cursor: cursor.encode(),
             caught_up,
             stream_id: stream.id.to_string(),
             epoch: stream.epoch.get(),
-        })
+        };
+        if let Some(memory) = &mut memory {
+            self.fit(memory, answer.encoded_len())?;
+        }
+        Ok((answer, memory))
     }
 }

@@ -1,16 +1,18 @@
-//! One read session: credit in, batches out. The server keeps nothing for a client that does not read: it takes the
-//! next step only when there is credit and room in the connection.
+//! One read session: credit in, batches out. It takes the next step only when there is credit, the frames before have
+//! left and the node has memory for another; for a client that does not read, nothing more is read.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::mpsc;
+use prost::Message;
 use tonic::{Status, Streaming};
 
 use super::Edge;
+use super::outgoing::{self, Room};
 use super::read::{begin, filters_of};
 use super::status::Refusal;
+use crate::base::budget::BytePermit;
 use crate::broker::cursor::Cursor;
 use crate::broker::error::ReadError;
 use crate::broker::reader::{Delivery, ShardReader, Step};
@@ -21,10 +23,10 @@ use crate::wire::v1::read_session_request::Frame as In;
 use crate::wire::v1::read_session_response::Frame as Out;
 
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Largest batch frame, beyond which a stored batch is cut even if there is credit for all of it.
-const FRAME_BYTES: u64 = 9 << 20;
+/// After this a session that waits for its client or for memory gives back what it has read ahead.
+const IDLE: Duration = Duration::from_secs(1);
 
-type Output = mpsc::Sender<Result<v1::ReadSessionResponse, Status>>;
+type Output = outgoing::Sender<Result<v1::ReadSessionResponse, Status>>;
 
 struct Session {
     edge: Arc<Edge>,
@@ -35,12 +37,15 @@ struct Session {
     messages: u64,
     bytes: u64,
     stop_at_tail: bool,
+    /// For the batches that the readers have read ahead.
+    ahead: Option<BytePermit>,
 }
 
 /// Why a session ended.
 enum End {
     /// The client is gone or has what it asked for.
     Quiet,
+    GoAway(v1::ReadGoAway),
     Refused(Box<Refusal>),
 }
 
@@ -56,17 +61,20 @@ pub async fn run(edge: Arc<Edge>, mut input: Streaming<v1::ReadSessionRequest>, 
         Ok(mut session) => session.serve(&mut input, &output).await,
         Err(end) => end,
     };
-    if let End::Refused(refusal) = end {
-        // The client may be gone; then nobody needs the error.
-        let _ = output.send(Err(refusal.into_status())).await;
+    // The client may be gone; then nobody needs the last word.
+    match end {
+        End::Quiet => {}
+        End::GoAway(away) => output.send_last(Ok(response(Out::GoAway(away)))),
+        End::Refused(refusal) => output.send_last(Err(refusal.into_status())),
     }
 }
 
+fn response(frame: Out) -> v1::ReadSessionResponse {
+    v1::ReadSessionResponse { frame: Some(frame) }
+}
+
 async fn send(output: &Output, frame: Out) -> Result<(), End> {
-    output
-        .send(Ok(v1::ReadSessionResponse { frame: Some(frame) }))
-        .await
-        .map_err(|_| End::Quiet)
+    output.send(Ok(response(frame)), None).await.map_err(|_| End::Quiet)
 }
 
 async fn open(
@@ -94,7 +102,10 @@ async fn open(
     let readers: Vec<(u32, ShardReader)> = accesses
         .iter()
         .zip(&starts)
-        .map(|(access, next)| (access.place.index, edge.broker.reader(access, *next, filters.clone())))
+        .map(|(access, next)| {
+            let reader = edge.broker.reader(access, *next, filters.clone());
+            (access.place.index, reader.among(accesses.len()))
+        })
         .collect();
     let credit = open.credit.unwrap_or_default();
     let opened = v1::ReadOpened {
@@ -111,6 +122,7 @@ async fn open(
         messages: credit.messages,
         bytes: credit.bytes,
         stop_at_tail: open.stop_at_tail,
+        ahead: None,
     })
 }
 
@@ -135,12 +147,7 @@ impl Session {
         let mut last_sent = tokio::time::Instant::now();
         loop {
             if *draining.borrow() {
-                let away = v1::ReadGoAway {
-                    reason: "the node is stopping".into(),
-                    addresses: Vec::new(),
-                    cursor: self.cursor(),
-                };
-                return send(output, Out::GoAway(away)).await;
+                return Err(self.go_away());
             }
             let mut moved = false;
             if self.messages > 0 && self.bytes > 0 {
@@ -242,6 +249,65 @@ impl Session {
         }
     }
 
+    fn go_away(&self) -> End {
+        End::GoAway(v1::ReadGoAway {
+            reason: "the node is stopping".into(),
+            addresses: Vec::new(),
+            cursor: self.cursor(),
+        })
+    }
+
+    /// Waits for a frame's memory, without holding any while it takes long.
+    async fn room(&mut self, output: &Output) -> Result<Room, End> {
+        let mut draining = self.edge.draining.clone();
+        let mut room = std::pin::pin!(output.room());
+        loop {
+            tokio::select! {
+                biased;
+                room = &mut room => return room.map_err(|_| End::Quiet),
+                () = super::drained(&mut draining) => return Err(self.go_away()),
+                () = tokio::time::sleep(IDLE) => {
+                    self.forget_ahead();
+                    if output.is_stalled() {
+                        output.clear();
+                        let seconds = outgoing::STALLED.as_secs();
+                        return Err(Refusal::from(ReadError::NotReading { seconds }).into());
+                    }
+                }
+            }
+        }
+    }
+
+    fn forget_ahead(&mut self) {
+        for (_, reader) in &mut self.readers {
+            reader.forget_ahead();
+        }
+        self.ahead = None;
+    }
+
+    /// Batches are kept read ahead only while more than half of the memory is free.
+    fn account_ahead(&mut self) {
+        let bytes: usize = self.readers.iter().map(|(_, r)| r.ahead_bytes()).sum();
+        let held = self.ahead.as_ref().map_or(0, BytePermit::bytes);
+        if bytes == 0 {
+            self.ahead = None;
+        } else if bytes <= held {
+            if let Some(permit) = &mut self.ahead {
+                permit.shrink_to(bytes);
+            }
+        } else {
+            let memory = &self.edge.read_memory;
+            let more = (memory.free() >= memory.limit() / 2 + bytes - held)
+                .then(|| memory.try_acquire(bytes - held))
+                .flatten();
+            match (more, &mut self.ahead) {
+                (Some(more), Some(permit)) => permit.merge(more),
+                (Some(more), None) => self.ahead = Some(more),
+                (None, _) => self.forget_ahead(),
+            }
+        }
+    }
+
     /// One step of each shard. True if anything was sent or skipped.
     async fn round(&mut self, output: &Output) -> Result<bool, End> {
         let mut moved = false;
@@ -251,12 +317,16 @@ impl Session {
                 break;
             }
             let at = (self.turn + n) % count.max(1);
+            if !self.readers.get(at).is_some_and(|(_, r)| r.has_more()) {
+                continue;
+            }
+            let room = self.room(output).await?;
             let broker = self.edge.broker.clone();
             let Some((shard, reader)) = self.readers.get_mut(at) else {
                 break;
             };
             let shard = *shard;
-            let step = match reader.step(self.messages, self.bytes.min(FRAME_BYTES)).await {
+            let step = match reader.step(self.messages, self.bytes.min(room.bytes())).await {
                 Ok(step) => step,
                 Err(ReadError::Removed) => return Err(Refusal::from(ReadError::Removed).into()),
                 Err(e) => return Err(Refusal::from(broker.noted(e)).into()),
@@ -266,12 +336,15 @@ impl Session {
                     moved = true;
                     self.messages = self.messages.saturating_sub(delivery.messages);
                     self.bytes = self.bytes.saturating_sub(delivery.batch.len() as u64);
-                    let frame = frame_of(shard, delivery, self.cursor());
-                    send(output, Out::Batch(frame)).await?;
+                    let frame = response(Out::Batch(frame_of(shard, delivery, self.cursor())));
+                    self.account_ahead();
+                    let room = output.fit(room, frame.encoded_len()).await.map_err(|_| End::Quiet)?;
+                    output.send(Ok(frame), Some(room)).await.map_err(|_| End::Quiet)?;
                 }
                 Step::Skipped => moved = true,
                 Step::Truncated { from, to } => {
                     moved = true;
+                    drop(room);
                     let frame = v1::Truncated {
                         shard,
                         from: from.get(),

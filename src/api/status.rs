@@ -192,7 +192,9 @@ impl From<ReadError> for Refusal {
             ReadError::NotRetained { .. } => (Code::OutOfRange, None),
             ReadError::Deleted(_) | ReadError::NoMessage(_) | ReadError::Removed => (Code::NotFound, None),
             ReadError::Barrier { .. } | ReadError::Stopping => (Code::Unavailable, None),
-            ReadError::Overloaded { .. } => (Code::ResourceExhausted, None),
+            ReadError::Overloaded { .. } | ReadError::NoMemory | ReadError::NotReading { .. } => {
+                (Code::ResourceExhausted, None)
+            }
             ReadError::Damaged(_) => (Code::DataLoss, None),
             ReadError::Storage(_) => (Code::Internal, None),
         };

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -30,6 +30,7 @@ struct Inner {
     limit: usize,
     bytes: Arc<Semaphore>,
     refused: AtomicU64,
+    waiting: AtomicUsize,
     used_gauge: metrics::Gauge,
     refused_counter: metrics::Counter,
 }
@@ -46,6 +47,7 @@ impl ByteBudget {
                 limit,
                 bytes: Arc::new(Semaphore::new(limit)),
                 refused: AtomicU64::new(0),
+                waiting: AtomicUsize::new(0),
                 used_gauge: metrics::gauge!(names::BASE_BUDGET_USED_BYTES, "budget" => name),
                 refused_counter: metrics::counter!(names::BASE_BUDGET_REFUSALS_TOTAL, "budget" => name),
             }),
@@ -75,6 +77,7 @@ impl ByteBudget {
             return Err(over);
         }
         let count = u32::try_from(bytes).map_err(|_| over)?;
+        let _waiting = Waiting::new(&self.inner.waiting);
         let permit = Arc::clone(&self.inner.bytes).acquire_many_owned(count).await;
         Ok(self.permit(permit.expect("the semaphore of a budget is never closed")))
     }
@@ -92,6 +95,16 @@ impl ByteBudget {
     /// Bytes taken.
     pub fn used(&self) -> usize {
         self.inner.limit - self.inner.bytes.available_permits()
+    }
+
+    /// Bytes that are free; those that are gathered for who waits are not.
+    pub fn free(&self) -> usize {
+        self.inner.bytes.available_permits()
+    }
+
+    /// How many wait in [`ByteBudget::acquire`].
+    pub fn waiting(&self) -> usize {
+        self.inner.waiting.load(Ordering::Relaxed)
     }
 
     /// How often [`ByteBudget::try_acquire`] refused.
@@ -115,6 +128,40 @@ impl fmt::Debug for ByteBudget {
             .field("used", &self.used())
             .field("limit", &self.inner.limit)
             .finish()
+    }
+}
+
+/// One who waits; counted for as long as it lives.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A permit that travels with an answer, among the extensions of its response, and is given back when the answer has
+/// been sent or was given up.
+#[derive(Debug, Clone)]
+pub struct Held(Arc<BytePermit>);
+
+impl From<BytePermit> for Held {
+    fn from(permit: BytePermit) -> Self {
+        Self(Arc::new(permit))
+    }
+}
+
+impl Held {
+    /// How many bytes it holds.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes()
     }
 }
 
@@ -231,8 +278,10 @@ mod tests {
         let waiting = budget.acquire(5);
         tokio::pin!(waiting);
         assert!(futures_util::poll!(&mut waiting).is_pending());
+        assert_eq!((budget.waiting(), budget.free()), (1, 0), "what is free is his already");
         drop(held);
         assert_eq!(waiting.await.unwrap().bytes(), 5);
+        assert_eq!(budget.waiting(), 0);
         assert_eq!(budget.used(), 0);
     }
 }

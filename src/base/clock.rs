@@ -3,7 +3,11 @@
 //!
 //! [`Clock::check`] compares the two clocks. Below [`DISAGREEMENT_US_MAX`] the stamps follow the wall clock slowly
 //! ([`SLEW_PPM`]); from there on the stamps go on undisturbed, expiry pauses and the state says so, until the two
-//! agree again (the wall clock was put right) or the process is restarted (the operator vouches for the wall clock).
+//! agree again (the wall clock was put right) or the process is restarted.
+//!
+//! A restart believes the wall clock only within bounds ([`Clock::resume`]): not when it is behind the time at which the
+//! node last ran, and not when it is ahead of it by more than a node is meant to be down. Otherwise stamps go on from
+//! where they ended, until the wall clock comes within these bounds or the operator vouches for it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -36,6 +40,8 @@ pub enum ClockState {
     Agree { behind_us: i64 },
     /// The clocks disagree too much: stamps go on by the monotonic clock, nothing expires.
     Jumped { behind_us: i64 },
+    /// The wall clock was not believed at the start: stamps go on from where they had ended, nothing expires.
+    Unconfirmed { behind_us: i64 },
 }
 
 impl ClockState {
@@ -43,28 +49,34 @@ impl ClockState {
     pub fn agrees(self) -> bool {
         match self {
             ClockState::Agree { .. } => true,
-            ClockState::Jumped { .. } => false,
+            ClockState::Jumped { .. } | ClockState::Unconfirmed { .. } => false,
         }
     }
 
     /// How far the stamps are behind the wall clock (negative: ahead), in microseconds.
     pub fn behind_us(self) -> i64 {
         match self {
-            ClockState::Agree { behind_us } | ClockState::Jumped { behind_us } => behind_us,
+            ClockState::Agree { behind_us }
+            | ClockState::Jumped { behind_us }
+            | ClockState::Unconfirmed { behind_us } => behind_us,
         }
     }
 
     /// What to tell the operator; nothing while the clocks agree.
     pub fn reason(self) -> Option<String> {
-        let ClockState::Jumped { behind_us } = self else {
-            return None;
-        };
-        let by = humantime::format_duration(Duration::from_secs(behind_us.unsigned_abs() / 1_000_000));
-        let way = if behind_us > 0 { "ahead of" } else { "behind" };
-        Some(format!(
-            "the wall clock is {by} {way} the time kept since the start: nothing expires until it is put right; \
-             if the wall clock is right, restart the node"
-        ))
+        let by = humantime::format_duration(Duration::from_secs(self.behind_us().unsigned_abs() / 1_000_000));
+        let way = if self.behind_us() > 0 { "ahead of" } else { "behind" };
+        match self {
+            ClockState::Agree { .. } => None,
+            ClockState::Jumped { .. } => Some(format!(
+                "the wall clock is {by} {way} the time kept since the start: nothing expires until it is put right; \
+                 if the wall clock is right, restart the node (with --accept-clock if it asks for it)"
+            )),
+            ClockState::Unconfirmed { .. } => Some(format!(
+                "the wall clock is {by} {way} the time at which this node last ran: nothing expires, and time goes on \
+                 from there, until it is put right; if the wall clock is right, restart the node with --accept-clock"
+            )),
+        }
     }
 }
 
@@ -80,9 +92,16 @@ struct Inner {
     offset_us: AtomicI64,
     /// The largest stamp given; stamps never go back, not even while the offset is slewed down.
     last_us: AtomicU64,
-    /// Monotonic time of the last check. Also makes checks take turns.
-    checked_us: Mutex<u64>,
+    /// Also makes checks take turns.
+    checked: Mutex<Checked>,
     state: watch::Sender<ClockState>,
+}
+
+struct Checked {
+    /// Monotonic time of the last check.
+    at_us: u64,
+    /// The wall clock is not believed until it is ahead of the stamps by no more than this.
+    ahead_max_us: Option<u64>,
 }
 
 impl Clock {
@@ -91,16 +110,43 @@ impl Clock {
         Self::new(Arc::new(System))
     }
 
+    /// The operating system's clocks, after a pause: see [`Clock::resume`].
+    pub fn system_after(last_us: u64, offline_max: Duration) -> Self {
+        Self::resume(Arc::new(System), last_us, offline_max)
+    }
+
     /// A clock that reads `source`. The stamps start at its wall clock.
     pub fn new(source: Arc<dyn TimeSource>) -> Self {
+        let wall = source.wall_us();
+        Self::at(source, wall, None)
+    }
+
+    /// The clock of a node that last stamped `last_us`. The wall clock is believed if it is not behind that by
+    /// [`DISAGREEMENT_US_MAX`] and not ahead of it by more than `offline_max`. Otherwise the stamps start at `last_us`,
+    /// and nothing expires until the wall clock comes within these bounds.
+    pub fn resume(source: Arc<dyn TimeSource>, last_us: u64, offline_max: Duration) -> Self {
+        let ahead_max_us = u64::try_from(offline_max.as_micros()).unwrap_or(u64::MAX);
+        let wall = source.wall_us();
+        if is_believable(difference(wall, last_us), ahead_max_us) {
+            return Self::at(source, wall, None);
+        }
+        let clock = Self::at(source, last_us, Some(ahead_max_us));
+        clock.check();
+        clock
+    }
+
+    fn at(source: Arc<dyn TimeSource>, start_us: u64, ahead_max_us: Option<u64>) -> Self {
         let monotonic = source.monotonic_us();
-        let offset = difference(source.wall_us(), monotonic);
+        let offset = difference(start_us, monotonic);
         Self {
             inner: Arc::new(Inner {
                 source,
                 offset_us: AtomicI64::new(offset),
                 last_us: AtomicU64::new(0),
-                checked_us: Mutex::new(monotonic),
+                checked: Mutex::new(Checked {
+                    at_us: monotonic,
+                    ahead_max_us,
+                }),
                 state: watch::Sender::new(ClockState::Agree { behind_us: 0 }),
             }),
         }
@@ -127,18 +173,27 @@ impl Clock {
     /// [`CHECK_EVERY`] or so; more often does no harm.
     pub fn check(&self) -> ClockState {
         let inner = &*self.inner;
-        let mut checked = inner.checked_us.lock();
+        let mut checked = inner.checked.lock();
         let monotonic = inner.source.monotonic_us();
-        let elapsed = monotonic.saturating_sub(*checked);
-        let behind = difference(inner.source.wall_us(), self.stamp_at(monotonic));
-        let state = if behind.unsigned_abs() >= DISAGREEMENT_US_MAX {
-            *checked = monotonic;
+        let elapsed = monotonic.saturating_sub(checked.at_us);
+        let mut behind = difference(inner.source.wall_us(), self.stamp_at(monotonic));
+        if checked.ahead_max_us.is_some_and(|max| is_believable(behind, max)) {
+            // Put right: as if the node had started now. Never back.
+            checked.ahead_max_us = None;
+            inner.offset_us.fetch_add(behind.max(0), Ordering::AcqRel);
+            behind = behind.min(0);
+        }
+        let state = if checked.ahead_max_us.is_some() {
+            checked.at_us = monotonic;
+            ClockState::Unconfirmed { behind_us: behind }
+        } else if behind.unsigned_abs() >= DISAGREEMENT_US_MAX {
+            checked.at_us = monotonic;
             ClockState::Jumped { behind_us: behind }
         } else {
             let room = i64::try_from(elapsed.saturating_mul(SLEW_PPM) / 1_000_000).unwrap_or(i64::MAX);
             // Time too short to slew by a microsecond is left to the next check.
             if room > 0 || behind == 0 {
-                *checked = monotonic;
+                checked.at_us = monotonic;
                 inner.offset_us.fetch_add(behind.clamp(-room, room), Ordering::AcqRel);
             }
             ClockState::Agree { behind_us: behind }
@@ -166,6 +221,14 @@ impl std::fmt::Debug for Clock {
         f.debug_struct("Clock")
             .field("state", &*self.inner.state.borrow())
             .finish_non_exhaustive()
+    }
+}
+
+/// Whether a wall clock that is so far ahead of (negative: behind) the last stamp may be right.
+fn is_believable(ahead_us: i64, ahead_max_us: u64) -> bool {
+    match u64::try_from(ahead_us) {
+        Ok(ahead) => ahead <= ahead_max_us,
+        Err(_) => ahead_us.unsigned_abs() < DISAGREEMENT_US_MAX,
     }
 }
 
@@ -236,6 +299,11 @@ impl ManualClock {
         Clock::new(self.time.clone())
     }
 
+    /// A clock that reads these hands, of a node that last stamped `last_us`.
+    pub fn resume(&self, last_us: u64, offline_max: Duration) -> Clock {
+        Clock::resume(self.time.clone(), last_us, offline_max)
+    }
+
     /// Time passes on both hands.
     pub fn advance(&self, by: Duration) {
         let us = u64::try_from(by.as_micros()).unwrap_or(u64::MAX);
@@ -301,6 +369,45 @@ mod tests {
             assert_eq!(clock.check(), ClockState::Agree { behind_us: 0 });
             assert!(states.has_changed().unwrap(), "the end of the alarm is told");
             assert_eq!(clock.expiry_now_us(), Some(START + 3_600_000_000));
+        }
+    }
+
+    #[test]
+    fn a_restart_believes_the_wall_clock_only_within_bounds() {
+        const DAY_US: i64 = 24 * 3_600 * 1_000_000;
+        let week = Duration::from_secs(7 * 24 * 3_600);
+        // So far is the wall clock ahead of the time when the node last ran.
+        for (ahead, believed) in [
+            (0, true),
+            (7 * DAY_US, true),
+            (7 * DAY_US + 1, false),
+            (YEAR_US, false),
+            (-29_999_999, true),
+            (-30_000_000, false),
+            (-YEAR_US, false),
+        ] {
+            let hands = ManualClock::new(START.saturating_add_signed(ahead));
+            let clock = hands.resume(START, week);
+            assert_eq!(clock.watch().borrow().agrees(), believed, "{ahead}");
+            if believed {
+                assert_eq!(clock.now_us(), START.saturating_add_signed(ahead));
+                continue;
+            }
+            assert_eq!(clock.now_us(), START, "time goes on from where it ended");
+            hands.advance(Duration::from_secs(3_600));
+            assert_eq!(clock.expiry_now_us(), None);
+            assert_eq!(clock.now_us(), START + 3_600_000_000);
+            assert!(clock.check().reason().unwrap().contains("--accept-clock"));
+            // Put right: the node was down for a day.
+            hands.jump_wall_us(DAY_US - ahead);
+            assert_eq!(clock.check(), ClockState::Agree { behind_us: 0 });
+            assert_eq!(
+                clock.expiry_now_us(),
+                Some(START + 3_600_000_000 + DAY_US.unsigned_abs())
+            );
+            // From here on it is a clock like any other.
+            hands.jump_wall_us(DAY_US);
+            assert_eq!(clock.check(), ClockState::Jumped { behind_us: DAY_US });
         }
     }
 

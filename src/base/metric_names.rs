@@ -61,8 +61,8 @@ metric_table! {
         "gRPC requests ended (for a session: when it ends), by method and gRPC status code.";
     API_REQUEST_DURATION_SECONDS = "api_request_duration_seconds", Histogram, "seconds", ["method"],
         "Time from a gRPC request's arrival to the head of its response: for a unary call, its answer; for a session, its opening.";
-    API_OPEN_SESSIONS = "api_open_sessions", Gauge, "sessions", [],
-        "Publish and read sessions open now.";
+    API_OPEN_SESSIONS = "api_open_sessions", Gauge, "sessions", ["kind"],
+        "Sessions open now, by kind: publish, read.";
     API_OPEN_REQUESTS = "api_open_requests", Gauge, "requests", ["method"],
         "gRPC requests and sessions open now.";
     NODE_CLIENT_CONNECTIONS = "node_client_connections", Gauge, "connections", [],

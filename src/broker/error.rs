@@ -196,6 +196,14 @@ pub enum ReadError {
     Stopping,
     #[error("the server serves as many readers as it takes ({max}); try again later")]
     Overloaded { max: usize },
+    #[error(
+        "the server has as much read as it takes and its clients have not yet fetched; nothing was read, try again"
+    )]
+    NoMemory,
+    #[error(
+        "the client has taken nothing for {seconds} s while others waited for the memory that its messages hold; begin again after the last message that came"
+    )]
+    NotReading { seconds: u64 },
     #[error("stored data is damaged and is not served: {0}")]
     Damaged(String),
     #[error("the storage failed: {0}")]
@@ -214,7 +222,7 @@ impl ReadError {
             ReadError::Barrier { .. } => "NO_QUORUM",
             ReadError::Removed => "STREAM_REMOVED",
             ReadError::Stopping => "STOPPING",
-            ReadError::Overloaded { .. } => "OVERLOADED",
+            ReadError::Overloaded { .. } | ReadError::NoMemory | ReadError::NotReading { .. } => "OVERLOADED",
             ReadError::Damaged(_) => "DAMAGED",
             ReadError::Storage(_) => "STORAGE_FAILED",
         }
@@ -223,9 +231,12 @@ impl ReadError {
     pub fn retry_class(&self) -> RetryClass {
         match self {
             ReadError::Stream(e) => e.retry_class(),
-            ReadError::Barrier { .. } | ReadError::Stopping | ReadError::Overloaded { .. } | ReadError::Storage(_) => {
-                RetryClass::DidNotHappen
-            }
+            ReadError::Barrier { .. }
+            | ReadError::Stopping
+            | ReadError::Overloaded { .. }
+            | ReadError::NoMemory
+            | ReadError::NotReading { .. }
+            | ReadError::Storage(_) => RetryClass::DidNotHappen,
             ReadError::BadRequest(_)
             | ReadError::BadCursor(_)
             | ReadError::NotRetained { .. }

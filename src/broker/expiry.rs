@@ -8,7 +8,6 @@ use prost::Message;
 use tokio_util::sync::CancellationToken;
 
 use super::Broker;
-use crate::base::alarms::AlarmKind;
 use crate::machine::GroupOutcome;
 use crate::model::{ShardId, TimeUs};
 use crate::raft::{Applied, Group};
@@ -24,12 +23,6 @@ pub(super) async fn run(broker: Arc<Broker>, token: CancellationToken) {
         tokio::select! {
             () = token.cancelled() => return,
             _ = tick.tick() => {}
-        }
-        let state = broker.clock.check();
-        if let Some(reason) = state.reason() {
-            broker.alarms.raise(AlarmKind::ClockJump, reason);
-        } else {
-            broker.alarms.clear(AlarmKind::ClockJump);
         }
         let Some(now) = broker.clock.expiry_now_us() else {
             continue;

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::error::PublishError;
 use crate::base::budget::BytePermit;
 use crate::base::clock::Clock;
-use crate::base::mailbox::{Receiver, SendError, Sender, mailbox};
+use crate::base::mailbox::{Receiver, SendError, Sender, Slot, mailbox};
 use crate::machine::{GroupOutcome, ItemOutcome};
 use crate::model::ShardId;
 use crate::model::batch::BatchHeader;
@@ -57,6 +57,22 @@ pub struct Item {
     pub reply: ReplyTo,
 }
 
+/// A shard's mailbox is full.
+const FULL: PublishError = PublishError::Overloaded {
+    what: "batches waiting for the shard",
+};
+
+/// A place in a shard's mailbox, given back when dropped unfilled.
+pub struct Place<'a>(Slot<'a, Item>);
+
+impl Place<'_> {
+    /// Hands the batch over. If the node stops in this very moment the reply channel may be dropped without an
+    /// outcome: then it is unknown.
+    pub fn submit(self, item: Item) {
+        self.0.send(item);
+    }
+}
+
 /// The way into a shard.
 #[derive(Clone)]
 pub struct Ingest {
@@ -86,10 +102,18 @@ impl Ingest {
     pub fn submit(&self, item: Item) {
         match self.mailbox.try_send(item) {
             Ok(()) => {}
-            Err(SendError::Full(item)) => item.reply.send(Err(PublishError::Overloaded {
-                what: "batches waiting for the shard",
-            })),
+            Err(SendError::Full(item)) => item.reply.send(Err(FULL)),
             Err(SendError::Closed(item)) => item.reply.send(Err(PublishError::Stopping)),
+        }
+    }
+
+    /// Takes a place in the mailbox, so that a batch can be handed over later without fail. For what is handed to
+    /// several shards: all places are taken before any is filled.
+    pub fn reserve(&self) -> Result<Place<'_>, PublishError> {
+        match self.mailbox.try_reserve() {
+            Ok(slot) => Ok(Place(slot)),
+            Err(SendError::Full(())) => Err(FULL),
+            Err(SendError::Closed(())) => Err(PublishError::Stopping),
         }
     }
 

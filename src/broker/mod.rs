@@ -165,24 +165,26 @@ impl Broker {
 
     /// Hands a validated batch to its shard. The outcome comes through the item's reply channel, always.
     pub fn submit(&self, access: &ShardAccess, item: Item) {
-        let ingest = {
-            let mut ingests = self.ingests.lock();
-            match ingests.get(&access.place.shard) {
-                Some(ingest) if !ingest.is_closed() => ingest.clone(),
-                Some(_) | None => {
-                    let (ingest, task) = Ingest::new(
-                        access.place.shard,
-                        access.group.clone(),
-                        self.clock.clone(),
-                        self.tasks.token(),
-                    );
-                    self.tasks.spawn(format!("ingest {}", access.place.shard), task);
-                    ingests.insert(access.place.shard, ingest.clone());
-                    ingest
-                }
+        self.ingest(access).submit(item);
+    }
+
+    /// The way into a shard.
+    pub fn ingest(&self, access: &ShardAccess) -> Ingest {
+        let mut ingests = self.ingests.lock();
+        match ingests.get(&access.place.shard) {
+            Some(ingest) if !ingest.is_closed() => ingest.clone(),
+            Some(_) | None => {
+                let (ingest, task) = Ingest::new(
+                    access.place.shard,
+                    access.group.clone(),
+                    self.clock.clone(),
+                    self.tasks.token(),
+                );
+                self.tasks.spawn(format!("ingest {}", access.place.shard), task);
+                ingests.insert(access.place.shard, ingest.clone());
+                ingest
             }
-        };
-        ingest.submit(item);
+        }
     }
 
     /// Notes damage that a read found, so that health reports it. Gives the error back.

@@ -15,8 +15,10 @@ use crate::model::{Sequence, StoredBatch, Term, TimeUs};
 use crate::raft::{Positions, ShardShared};
 use crate::storage::{StateDb, StorageError};
 
-/// One fill from memory or disk reads about this much.
-const FILL_BYTES: usize = 2 << 20;
+/// One fill from memory or disk reads about this much …
+pub const FILL_BYTES: usize = 2 << 20;
+/// … or this much, where many shards are read at a time.
+const FILL_BYTES_MIN: usize = 64 << 10;
 /// Batches looked at in one step when none of them has anything to deliver, before the reader yields.
 const SCAN_BATCHES: usize = 256;
 
@@ -132,6 +134,7 @@ pub struct ShardReader {
     filters: Option<FilterSet>,
     /// Batches read ahead, beginning with the one that holds `next`.
     ahead: VecDeque<StoredBatch>,
+    fill_bytes: usize,
 }
 
 impl ShardReader {
@@ -145,7 +148,30 @@ impl ShardReader {
             next,
             filters,
             ahead: VecDeque::new(),
+            fill_bytes: FILL_BYTES,
         }
+    }
+
+    /// Reads ahead as one of so many that are read together.
+    pub fn among(mut self, readers: usize) -> Self {
+        self.fill_bytes = (FILL_BYTES / readers.max(1)).max(FILL_BYTES_MIN);
+        self
+    }
+
+    /// Bytes of the batches read ahead.
+    pub fn ahead_bytes(&self) -> usize {
+        self.ahead.iter().map(|b| b.batch.len()).sum()
+    }
+
+    /// Gives the batches read ahead back; they are read again when they are wanted.
+    pub fn forget_ahead(&mut self) {
+        self.ahead = VecDeque::new();
+    }
+
+    /// Whether a step would do anything but find the tail.
+    pub fn has_more(&self) -> bool {
+        let at = self.positions();
+        at.removed || self.next < at.floor || self.next < at.tail
     }
 
     /// Next sequence to be looked at.
@@ -217,13 +243,13 @@ impl ShardReader {
         if !self.ahead.is_empty() {
             return Ok(());
         }
-        if let Some(recent) = self.shared.recent_from(self.next, FILL_BYTES) {
+        if let Some(recent) = self.shared.recent_from(self.next, self.fill_bytes) {
             self.ahead = recent.into();
             return Ok(());
         }
         let state = self.state.clone();
-        let (shard, from) = (self.shared.shard, self.next);
-        self.ahead = tokio::task::spawn_blocking(move || state.read_batches(shard, from, FILL_BYTES))
+        let (shard, from, bytes) = (self.shared.shard, self.next, self.fill_bytes);
+        self.ahead = tokio::task::spawn_blocking(move || state.read_batches(shard, from, bytes))
             .await
             .map_err(|e| ReadError::Storage(e.to_string()))?
             .map_err(storage)?

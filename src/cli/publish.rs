@@ -87,7 +87,8 @@ pub struct PubArgs {
     #[arg(long, value_name = "DURATION", default_value = "1ms", value_parser = units::duration)]
     linger: Duration,
 
-    /// How long to try again when the server is away or busy
+    /// How long to try again when the server is away or busy; `0s`: try once. A single MESSAGE is always tried once, see
+    /// --connect-for
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = units::duration)]
     retry_for: Duration,
 

@@ -51,7 +51,7 @@ pub struct SubArgs {
     #[arg(long, value_name = "TEXT", default_value = "\\n", value_parser = units::separator, allow_hyphen_values = true)]
     delimiter: Bytes,
 
-    /// How long to try again when the server is away
+    /// How long to try again when the server is away; `0s`: try once
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = units::duration)]
     retry_for: Duration,
 

@@ -195,6 +195,11 @@ impl Client {
             (None, Some(keep)) => Some(Upto::Keep(keep)),
             (None, None) => None,
         };
+        // What lies below a sequence is the same at each attempt; everything, or all but the last, is not.
+        let repeat = match upto {
+            Some(Upto::BeforeSequence(_)) => Repeat::Safe,
+            Some(Upto::Keep(_)) | None => Repeat::Unsafe,
+        };
         let request = v1::PurgeStreamRequest {
             namespace: self.namespace(),
             name: name.to_owned(),
@@ -205,7 +210,7 @@ impl Client {
         };
         let answer = self
             .connection
-            .call(Repeat::Safe, async |c| {
+            .call(repeat, async |c| {
                 streams(c).purge_stream(self.request(request.clone())).await
             })
             .await?;

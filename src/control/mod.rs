@@ -13,8 +13,10 @@ use crate::base::RetryClass;
 use crate::base::alarms::Alarms;
 use crate::base::clock::Clock;
 use crate::base::tasks::Tasks;
+use crate::machine::meta::remembered;
+use crate::machine::port::MetaKind;
 use crate::machine::{GroupOutcome, MetaOutcome, MetaRefusal};
-use crate::model::{GroupId, NodeId, ReplicaId, Revision, Sequence, ShardId, StreamId};
+use crate::model::{GroupId, NodeId, ReplicaId, Revision, Sequence, ShardId};
 use crate::raft::{Applied, Group, Groups, ProposeError};
 use crate::wire::{internal as pb, spec, v1};
 
@@ -283,14 +285,25 @@ impl Control {
         Ok((stream, existed))
     }
 
-    /// Waits until this node's view and shards have what a change asked for.
+    /// Waits until this node's view and shards have what a change asked for. A change that others followed is told as
+    /// it was.
     async fn settled(
         &self,
         record: &pb::StreamRecord,
         done: impl Fn(&StreamView) -> bool,
     ) -> Result<Arc<StreamView>, AdminError> {
-        let id = StreamId::parse(&record.stream_id)
-            .ok_or_else(|| AdminError::NotReady("the meta group gave an id that is none".into()))?;
+        let then = StreamView::compile(record).map_err(AdminError::NotReady)?;
+        let id = then.id;
+        if self.view.stream_by_id(id).is_none() {
+            self.meta()?
+                .read_barrier()
+                .await
+                .map_err(|e| AdminError::NotReady(e.to_string()))?;
+            if self.view.stream_by_id(id).is_none() {
+                // Forgotten since: an answer that was remembered longer than its stream.
+                return Ok(Arc::new(then));
+            }
+        }
         let mut changes = self.view.watch();
         let wait = async {
             loop {
@@ -305,12 +318,20 @@ impl Control {
                 }
             }
         };
-        tokio::time::timeout(SETTLE, wait).await.map_err(|_| {
+        let now = tokio::time::timeout(SETTLE, wait).await.map_err(|_| {
             AdminError::Timeout(format!(
                 "the change is committed, but it did not take effect within {} s; `mainstem stream info` shows its state",
                 SETTLE.as_secs()
             ))
-        })
+        })?;
+        if now.revision == then.revision {
+            return Ok(now);
+        }
+        Ok(Arc::new(StreamView {
+            state: now.state,
+            removed_until: now.removed_until,
+            ..then
+        }))
     }
 
     /// A stream by name, after a barrier: what is not found does not exist.
@@ -342,26 +363,63 @@ impl Control {
             asked.namespace.clone()
         };
         let name = asked.name.clone();
-        let current = self.find(&namespace, &name).await?;
+        let planned = self.plan_update(&namespace, &asked, paths, expected_revision).await;
+        let outcome = match planned {
+            Ok(update) => {
+                self.propose_meta(request_id, pb::meta_command::Op::UpdateStream(update))
+                    .await?
+            }
+            // What it was checked against may have been changed by this very request, sent before. An effect that the
+            // view shows is in the state together with its answer.
+            Err(refused) => self.answered(&request_id, &namespace, &name)?.ok_or(refused)?,
+        };
+        self.changed(&namespace, &name, outcome, |_| true).await
+    }
+
+    /// The update that a request asks for, checked against the stream as it is.
+    async fn plan_update(
+        &self,
+        namespace: &str,
+        asked: &v1::StreamSpec,
+        paths: &[String],
+        expected_revision: Option<u64>,
+    ) -> Result<pb::UpdateStream, AdminError> {
+        let current = self.find(namespace, &asked.name).await?;
         if expected_revision.is_some_and(|expected| expected != current.revision.get()) {
             return Err(AdminError::Refused(MetaRefusal::RevisionMismatch {
-                name,
+                name: asked.name.clone(),
                 actual: current.revision,
             }));
         }
-        let spec = spec::apply_mask(&current.spec, &asked, paths).map_err(|e| AdminError::Invalid(e.to_string()))?;
-        let outcome = self
-            .propose_meta(
-                request_id,
-                pb::meta_command::Op::UpdateStream(pb::UpdateStream {
-                    namespace: namespace.clone(),
-                    name: name.clone(),
-                    spec: Some(spec),
-                    base_revision: current.revision.get(),
-                }),
-            )
-            .await?;
-        self.changed(&namespace, &name, outcome, |_| true).await
+        let spec = spec::apply_mask(&current.spec, asked, paths).map_err(|e| AdminError::Invalid(e.to_string()))?;
+        Ok(pb::UpdateStream {
+            namespace: namespace.to_owned(),
+            name: asked.name.clone(),
+            spec: Some(spec),
+            base_revision: current.revision.get(),
+        })
+    }
+
+    /// The answer that was given to an update with this request id before.
+    fn answered(&self, request_id: &str, namespace: &str, name: &str) -> Result<Option<MetaOutcome>, AdminError> {
+        if request_id.is_empty() {
+            return Ok(None);
+        }
+        let unreadable = |e: &dyn std::fmt::Display| AdminError::NotReady(format!("the answer to the request: {e}"));
+        let stored = self
+            .groups
+            .state()
+            .meta_record(MetaKind::Request, request_id.as_bytes());
+        let Some(record) = stored.map_err(|e| unreadable(&e))? else {
+            return Ok(None);
+        };
+        let update = pb::UpdateStream {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            ..pb::UpdateStream::default()
+        };
+        let op = pb::meta_command::Op::UpdateStream(update);
+        remembered(&record, &op, self.clock.now_us()).map_err(|e| unreadable(&e))
     }
 
     async fn changed(

@@ -17,6 +17,7 @@ use tracing::Instrument;
 
 use super::tls;
 use crate::base::Principal;
+use crate::base::budget::Held;
 use crate::base::metric_names as names;
 
 /// The layer; one for a listener.
@@ -185,7 +186,11 @@ where
             // The certificate is valid but names nobody, so nothing could ever be granted to it.
             observed.end(Code::Unauthenticated);
             let status = Status::unauthenticated("the client certificate has neither a common name nor another name");
-            let response = status.into_http::<Body>().map(|body| Counted { body, observed });
+            let response = status.into_http::<Body>().map(|body| Counted {
+                body,
+                observed,
+                _held: None,
+            });
             return Box::pin(std::future::ready(Ok(response)));
         };
         let span = span_of(&method.label, &principal, &request);
@@ -194,12 +199,17 @@ where
         let spare = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, spare);
         let answering = async move {
-            let response = inner.call(request).await?;
+            let mut response = inner.call(request).await?;
             observed.answered();
             if let Some(code) = code_of(response.headers()) {
                 observed.end(code);
             }
-            Ok(response.map(|body| Counted { body, observed }))
+            let held = response.extensions_mut().remove::<Held>();
+            Ok(response.map(|body| Counted {
+                body,
+                observed,
+                _held: held,
+            }))
         };
         Box::pin(answering.instrument(span))
     }
@@ -238,6 +248,8 @@ fn trace_id(header: &str) -> Option<&str> {
 pub struct Counted {
     body: Body,
     observed: Observed,
+    /// Memory of the answer: the transport drops the body when it has sent all of it.
+    _held: Option<Held>,
 }
 
 impl HttpBody for Counted {

@@ -15,6 +15,7 @@ use super::listener::{ClientListener, Health, cannot_listen};
 use super::ports::{Ports, PortsFile};
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks, clock};
 use crate::monitor::{self, Monitor, Phase, Recorder, recorder};
+use crate::storage::last_time_us;
 
 /// How long a node that must stop, because it cannot go on, waits for its clients.
 const BROKEN_DRAIN_MAX: Duration = Duration::from_secs(3);
@@ -85,7 +86,7 @@ impl Node {
     /// Binds every address before the store is touched, and serves the monitor, so that a start can be watched.
     async fn prepare(config: Config) -> Result<(Self, ClientListener), String> {
         let recorder = Recorder::install();
-        let clock = Clock::system();
+        let clock = node_clock(&config);
         let alarms = Alarms::new(clock.clone());
         let monitor = Monitor::new(
             &config.cluster.name,
@@ -294,6 +295,14 @@ fn served_reason(result: Result<Result<(), String>, oneshot::error::RecvError>) 
         Ok(Ok(())) => "the client listener ended by itself".into(),
         Ok(Err(error)) => error,
         Err(_) => "the client listener was dropped".into(),
+    }
+}
+
+/// The clock, going on from when the node last ran.
+fn node_clock(config: &Config) -> Clock {
+    match last_time_us(&config.node.data_dir) {
+        Some(last_us) if !config.clock.accept => Clock::system_after(last_us, config.clock.max_offline),
+        Some(_) | None => Clock::system(),
     }
 }
 

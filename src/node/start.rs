@@ -10,19 +10,21 @@ use tonic::service::Routes;
 use super::config::Config;
 use super::engine::{Context, Engine, StartError};
 use crate::api::{self, Edge, ServerFacts};
-use crate::base::{AlarmKind, Alarms, ByteBudget, Tasks};
+use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
 use crate::broker::Broker;
 use crate::control::view::View;
 use crate::control::{Control, NodeFacts};
 use crate::monitor::StatusSource;
 use crate::monitor::status::{DataStatus, SpaceStatus};
 use crate::raft::Groups;
-use crate::storage::{OpenError, Store, StoreOptions};
+use crate::storage::{ClockFile, OpenError, Store, StoreOptions};
 
 /// Memory for the batches that tailing readers get without a read from disk.
 const RECENT_BYTES: usize = 32 << 20;
 /// How often the store is asked whether it is well.
 const WATCH_EVERY: Duration = Duration::from_millis(250);
+/// How often the time is noted.
+const NOTE_EVERY: Duration = Duration::from_secs(10);
 /// How long replicas may take to end.
 const TASKS_MAX: Duration = Duration::from_secs(5);
 
@@ -121,6 +123,7 @@ impl Running {
             "store watch",
             watch(store.clone(), context.alarms.clone(), work.token()),
         );
+        work.spawn_vital("clock file", note_time(&store, context.clock.clone(), work.token())?);
         work.spawn_vital("upkeep", groups.clone().upkeep(work.token()));
         let control = Control::start(
             view.clone(),
@@ -162,6 +165,7 @@ impl Running {
             sessions.clone(),
             context.draining.clone(),
             config.limits.sessions_max as usize,
+            context.read_memory.clone(),
             ServerFacts {
                 node_name: config.node.name.clone(),
                 node_id: identity.node_id.get(),
@@ -191,6 +195,43 @@ impl Running {
             .map_err(|e| e.to_string())?;
         work
     }
+}
+
+/// Notes the time once, and returns what notes it from now on: so that a restart under a wall clock that is far off is
+/// found out.
+fn note_time(
+    store: &Store,
+    clock: Clock,
+    token: CancellationToken,
+) -> Result<impl Future<Output = ()> + Send + 'static, String> {
+    let unwritten = |e: std::io::Error| format!("the time cannot be noted in the clock file: {e}");
+    let mut file = ClockFile::open(&store.options().dir).map_err(unwritten)?;
+    file.note(clock.now_us()).map_err(unwritten)?;
+    Ok(async move {
+        let mut tick = tokio::time::interval(NOTE_EVERY);
+        loop {
+            tokio::select! {
+                () = token.cancelled() => break,
+                _ = tick.tick() => {}
+            }
+            let time_us = clock.now_us();
+            let noted = tokio::task::spawn_blocking(move || {
+                let result = file.note(time_us);
+                (file, result)
+            });
+            match noted.await {
+                Ok((back, result)) => {
+                    file = back;
+                    if let Err(error) = result {
+                        tracing::warn!(%error, "the time cannot be noted in the clock file");
+                    }
+                }
+                // The runtime is going down.
+                Err(_) => return,
+            }
+        }
+        let _ = file.note(clock.now_us());
+    })
 }
 
 /// Turns what the store finds out into alarms.

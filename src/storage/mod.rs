@@ -13,9 +13,10 @@
 //! | `floors.rs`, `reclaim.rs` | trims, and giving their space back |
 //! | `upkeep.rs`, `space.rs` | background threads, free space |
 //!
-//! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `log/`, `state/`, and `aside/` for bytes that were cut
-//! off or set aside and are kept for inspection.
+//! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `clock`, `log/`, `state/`, and `aside/` for bytes that were
+//! cut off or set aside and are kept for inspection.
 
+mod clock_file;
 mod committer;
 mod crc32c;
 mod engine;
@@ -45,6 +46,7 @@ mod upkeep;
 mod wal_check;
 mod witness;
 
+pub use clock_file::{ClockFile, last_time_us};
 pub use error::{Area, OpenError, Poison, StorageError};
 pub use floors::Floors;
 pub use identity::Identity;

@@ -308,6 +308,25 @@ impl Node {
         )
     }
 
+    /// A page of the monitor listener, over plain HTTP.
+    pub async fn monitor(&self, path: &str) -> String {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = tokio::net::TcpStream::connect(self.monitor_addr()).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer.split_once("\r\n\r\n").expect("a head and a body").1.to_string()
+    }
+
+    /// A metric by its name and labels as they are written (`base_budget_used_bytes{budget="read"}`); 0 if it is not
+    /// there yet.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let page = self.monitor("/metrics").await;
+        let line = page.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.trim().parse().unwrap())
+    }
+
     /// Peak and present resident memory in bytes.
     pub fn memory(&self) -> (u64, u64) {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();

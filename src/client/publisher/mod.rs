@@ -115,7 +115,8 @@ impl PublisherBuilder {
     }
 
     /// How long the publisher goes on trying while nothing of a shard is answered, before it gives everything up.
-    /// Default: 60 s.
+    /// Zero: every batch is tried once, and that attempt may take as long as a call
+    /// ([`ClientConfig::call_timeout`](super::ClientConfig::call_timeout)). Default: 60 s.
     pub fn retry_for(mut self, time: Duration) -> Self {
         self.config.retry_for = time;
         self

@@ -218,7 +218,9 @@ impl Session {
     /// forward for too long.
     async fn pause(&mut self, error: ClientError, pause: Duration) -> Result<(), ClientError> {
         tokio::time::sleep(pause).await;
+        let mut idle = false;
         while self.flight.is_empty() && self.queue.is_empty() {
+            idle = true;
             self.waiting_since = None;
             if self.queue.is_closed() {
                 return Ok(());
@@ -227,6 +229,10 @@ impl Session {
         }
         let now = Instant::now();
         self.waiting_since.get_or_insert(now);
+        if idle {
+            // What has come since was not tried yet.
+            return Ok(());
+        }
         self.check_patience(now, &error)
     }
 
@@ -339,10 +345,17 @@ impl Session {
             if let Some(since) = self.flight.stuck_since() {
                 let silence =
                     ClientError::local(Code::DeadlineExceeded, reason::TIMED_OUT, "the server does not answer");
-                if let Err(e) = self.check_patience(now, &silence) {
+                // Without retries the one attempt still has its time to be answered.
+                let patience = match self.config.retry_for {
+                    Duration::ZERO => self.connection.config.call_timeout,
+                    retry_for => retry_for,
+                };
+                if now.saturating_duration_since(since) >= patience
+                    && let Err(e) = self.check_patience(now, &silence)
+                {
                     return (End::Fatal(e), progress);
                 }
-                wake_at = wake_at.into_iter().chain([since + self.config.retry_for]).min();
+                wake_at = wake_at.into_iter().chain([since + patience]).min();
             }
             let timer = async {
                 match wake_at {

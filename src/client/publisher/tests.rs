@@ -448,6 +448,37 @@ async fn a_server_that_never_answers_is_given_up() {
     );
 }
 
+/// Not to try again is not the same as not to try.
+#[tokio::test]
+async fn without_retries_every_batch_is_tried_once() {
+    let peer = Peer::start(1).await;
+    let open = async || {
+        let client = peer.client();
+        let publisher = client.publisher("s").batch_messages(1).retry_for(Duration::ZERO);
+        publisher.open().await.unwrap()
+    };
+    let publisher = open().await;
+    let mut acks = Vec::new();
+    for n in 0..200 {
+        acks.push(publisher.publish(&message(n)).await.unwrap());
+    }
+    for ack in acks {
+        within(ack).await.unwrap();
+    }
+    // What is refused is not sent again …
+    peer.state.lock().faults.push_back(OVERLOAD);
+    let ack = publisher.publish(&message(200)).await.unwrap();
+    let e = within(ack).await.unwrap_err();
+    assert_eq!((e.reason.as_str(), e.retry), ("OVERLOADED", RetryClass::DidNotHappen));
+    assert_eq!(peer.stored()[0].len(), 200);
+    // … nor what may have happened.
+    let publisher = open().await;
+    peer.state.lock().faults.push_back(Fault::StoreAndBreak);
+    let ack = publisher.publish(&message(201)).await.unwrap();
+    assert_eq!(within(ack).await.unwrap_err().retry, RetryClass::MayHaveHappened);
+    assert_eq!(peer.stored()[0].len(), 201);
+}
+
 /// An idle producer is forgotten after a while; the publisher goes on under the next epoch, and nothing is lost.
 #[tokio::test]
 async fn a_producer_that_was_forgotten_begins_again() {

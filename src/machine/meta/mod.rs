@@ -21,6 +21,7 @@ use crate::wire::v1::{StreamSpec, StreamState};
 
 pub use outcome::{MetaOutcome, MetaRefusal};
 use requests::Requests;
+pub use requests::remembered;
 use subjects::SubjectIndex;
 
 /// The meta group's own replica on the first node. Others are counted from the next.
@@ -149,12 +150,6 @@ impl MetaMachine {
     pub fn stream_by_name(&self, namespace: &str, name: &str) -> Option<&Arc<pb::StreamRecord>> {
         let id = self.live.get(namespace)?.get(name)?;
         self.streams.get(id)
-    }
-
-    /// The answer that was given to a request id less than ten minutes before this time. A proposer looks here first:
-    /// what it would check (a revision, say) has been changed by the very request that is repeated.
-    pub fn answered(&self, request_id: &str, time_us: u64) -> Option<MetaOutcome> {
-        self.requests.get(request_id, time_us).map(|(_, outcome)| outcome)
     }
 
     /// Applies a command. The error is no answer: the replica must not go on.

@@ -92,6 +92,18 @@ impl Requests {
     }
 }
 
+/// The answer that a request's stored record holds for this command, if it is still remembered at this time. For a
+/// proposer that would refuse a request: what it checks (a revision, a name) may have been changed by the very request
+/// that is repeated.
+pub fn remembered(record: &[u8], op: &pb::meta_command::Op, time_us: u64) -> Result<Option<MetaOutcome>, LoadError> {
+    let mut requests = Requests::default();
+    requests.load(record)?;
+    let Some(id) = requests.by_id.keys().next().cloned() else {
+        return Ok(None);
+    };
+    Ok(check(&requests, &id, time_us, digest(op)))
+}
+
 fn is_over(at_us: u64, now_us: u64) -> bool {
     at_us.saturating_add(REQUEST_MEMORY_US) <= now_us
 }

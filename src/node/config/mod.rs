@@ -27,6 +27,7 @@ pub struct Config {
     pub limits: LimitsSection,
     pub storage: StorageSection,
     pub raft: RaftSection,
+    pub clock: ClockSection,
     pub log: LogSection,
 }
 
@@ -94,6 +95,12 @@ pub struct RaftSection {
 }
 
 #[derive(Debug, Clone, PartialEq)]
+pub struct ClockSection {
+    pub max_offline: Duration,
+    pub accept: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
 pub struct LogSection {
     pub level: LogFilter,
     pub format: LogFormat,
@@ -148,6 +155,10 @@ impl Default for Config {
                 garbage_min: ByteSize::mib(16),
             },
             raft: RaftSection { pool_groups: 4 },
+            clock: ClockSection {
+                max_offline: Duration::from_secs(7 * 24 * 3_600),
+                accept: false,
+            },
             log: LogSection {
                 level: LogFilter("info".into()),
                 format: LogFormat::Text,

@@ -92,6 +92,10 @@ pub const SECTIONS: &[(&str, &str)] = &[
         "The store. The defaults suit a machine with 2 cores and 2 GiB.",
     ),
     ("raft", "Replication."),
+    (
+        "clock",
+        "Messages expire by the wall clock. One that is far off must not empty a stream.",
+    ),
     ("log", "Log lines go to standard error."),
 ];
 
@@ -154,7 +158,7 @@ settings! {
     limits.publish_memory: ByteSize, "publish-memory", "MAINSTEM_PUBLISH_MEMORY", Some(("16MiB", "3GiB")),
         "Bytes of publishes in the node, from their arrival to their acknowledgement.";
     limits.read_memory: ByteSize, "read-memory", "MAINSTEM_READ_MEMORY", Some(("16MiB", "3GiB")),
-        "Bytes of messages read for clients and not yet sent.";
+        "Bytes of messages read for clients and not yet sent; docs/reference/memory.md says how it is shared.";
     limits.connections_max: u32, "connections-max", "MAINSTEM_CONNECTIONS_MAX", Some(("1", "100000")),
         "Client connections at a time.";
     limits.connection_requests_max: u32, "connection-requests-max", "MAINSTEM_CONNECTION_REQUESTS_MAX", Some(("1", "100000")),
@@ -195,6 +199,11 @@ settings! {
 
     raft.pool_groups: u32, "raft-pool-groups", "MAINSTEM_RAFT_POOL_GROUPS", Some(("1", "256")),
         "Raft groups that share the shards of ordinary streams. Read when a data directory is first made.";
+
+    clock.max_offline: Duration, "clock-max-offline", "MAINSTEM_CLOCK_MAX_OFFLINE", Some(("1m", "100years")),
+        "A start is believed to be no longer after the last run than this. When the wall clock says more (or less than nothing), the `clock_jump` alarm is on, nothing expires and time goes on from the last run, until the clock is put right or accepted. A week: longer than most repairs take, shorter than the jumps that broken clocks make.";
+    clock.accept: bool, "accept-clock", "MAINSTEM_ACCEPT_CLOCK", None,
+        "Believe the wall clock at this start, whatever it says: give it once, as a flag, after looking at the clock. What has expired by that clock is removed.";
 
     log.level: LogFilter, "log-level", "MAINSTEM_LOG_LEVEL", None,
         "Which lines are written: off, error, warn, info, debug, trace, or directives by module such as `info,mainstem::raft=debug`.";
