@@ -422,7 +422,12 @@ fn space_comes_back_when_one_blob_file_mixes_retentions() {
 #[test]
 fn files_of_one_retention_go_whole_without_rewriting() {
     let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
+    let options = StoreOptions {
+        // The files at the ends are garbage in part; what this is about goes without collecting it.
+        garbage_min_bytes: u64::MAX,
+        ..options(dir.path())
+    };
+    let store = Store::open(options, None).unwrap();
     let state = store.state();
     fill(state, &[1, 2], 400, 20_000);
     state.flush().unwrap();
