@@ -1,6 +1,7 @@
 //! `PublishService`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -37,8 +38,7 @@ type Frames = Pin<Box<dyn Stream<Item = Result<v1::PublishSessionResponse, Statu
 impl PublishService for Publish {
     async fn publish(&self, request: Request<v1::PublishRequest>) -> Result<Response<v1::PublishResponse>, Status> {
         self.edge.accepting()?;
-        let request = request.into_inner();
-        Ok(Response::new(self.publish_messages(request).await?))
+        Ok(Response::new(self.publish_messages(request.into_inner()).await?))
     }
 
     type PublishSessionStream = Frames;
@@ -109,9 +109,13 @@ impl Publish {
                 ),
             ));
         }
-        let ready = self.prepare(&stream, parts, request.expect.as_ref())?;
+        let counted = |refusal: Refusal| {
+            broker.metrics().refused(refusal.reason);
+            refusal
+        };
+        let ready = self.prepare(&stream, parts, request.expect.as_ref()).map_err(counted)?;
         let (tx, mut rx) = mpsc::channel(ready.len());
-        let places = self.submit_all(ready, request.expect.as_ref(), &tx)?;
+        let places = self.submit_all(ready, request.expect.as_ref(), &tx).map_err(counted)?;
         // From here on something may be stored: no early return. A reply that never comes ends the channel.
         drop(tx);
         let mut acks = vec![v1::MessageAck::default(); request.messages.len()];
@@ -190,6 +194,7 @@ impl Publish {
         let ingests: Vec<Ingest> = ready.iter().map(|part| part.ingest.clone()).collect();
         let rooms: Vec<Place<'_>> = ingests.iter().map(Ingest::reserve).collect::<Result<_, _>>()?;
         let mut places = Vec::with_capacity(ready.len());
+        let submitted = Instant::now();
         for ((part, room), tag) in ready.into_iter().zip(rooms).zip(0..) {
             places.push((part.shard, part.places));
             room.submit(Item {
@@ -199,6 +204,7 @@ impl Publish {
                 permit: part.permit,
                 reply: ReplyTo {
                     tag,
+                    submitted,
                     channel: replies.clone(),
                 },
             });

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -78,6 +78,7 @@ pub async fn run(edge: Arc<Edge>, mut input: Streaming<v1::PublishSessionRequest
                 Ok(Some(v1::PublishSessionRequest { frame: Some(In::Batch(batch)) })) => {
                     let (shard, sequence) = (batch.shard, batch.producer_sequence);
                     if let Err(refusal) = session.take(batch, &reply_tx) {
+                        edge.broker.metrics().refused(refusal.reason);
                         let frame = Out::Error(refusal.into_frame(shard, sequence));
                         if send(&output, frame).await.is_err() {
                             return;
@@ -300,6 +301,7 @@ impl Session {
                 permit,
                 reply: ReplyTo {
                     tag,
+                    submitted: Instant::now(),
                     channel: replies.clone(),
                 },
             },

@@ -47,7 +47,9 @@ impl ReadService for Read {
         self.edge.accepting()?;
         let mut memory = self.memory(GET_BYTES)?;
         let answer = self.get_one(request.into_inner()).await?;
-        self.fit(&mut memory, answer.encoded_len())?;
+        let bytes = answer.encoded_len();
+        self.fit(&mut memory, bytes)?;
+        self.edge.broker.metrics().read(1, bytes as u64);
         Ok(holding(answer, memory))
     }
 
@@ -284,6 +286,7 @@ impl Read {
             epoch: stream.epoch,
             next: readers.iter().map(|(shard, r)| (*shard, r.next())).collect(),
         };
+        let read = messages.len() as u64;
         let answer = v1::FetchResponse {
             messages,
             cursor: cursor.encode(),
@@ -292,7 +295,9 @@ impl Read {
             epoch: stream.epoch.get(),
         };
         if let Some(memory) = &mut memory {
-            self.fit(memory, answer.encoded_len())?;
+            let bytes = answer.encoded_len();
+            self.fit(memory, bytes)?;
+            broker.metrics().read(read, bytes as u64);
         }
         Ok((answer, memory))
     }

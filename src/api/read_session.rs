@@ -336,6 +336,7 @@ impl Session {
                     moved = true;
                     self.messages = self.messages.saturating_sub(delivery.messages);
                     self.bytes = self.bytes.saturating_sub(delivery.batch.len() as u64);
+                    broker.metrics().read(delivery.messages, delivery.batch.len() as u64);
                     let frame = response(Out::Batch(frame_of(shard, delivery, self.cursor())));
                     self.account_ahead();
                     let room = output.fit(room, frame.encoded_len()).await.map_err(|_| End::Quiet)?;

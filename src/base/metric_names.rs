@@ -65,6 +65,34 @@ metric_table! {
         "Sessions open now, by kind: publish, read.";
     API_OPEN_REQUESTS = "api_open_requests", Gauge, "requests", ["method"],
         "gRPC requests and sessions open now.";
+    BROKER_PUBLISHES_TOTAL = "broker_publishes_total", Counter, "publishes", ["outcome", "reason"],
+        "Batches (of a session, or a unary publish's for one shard) by outcome: stored, duplicate, refused; for the refused the reason word of the errors' reference, else none.";
+    BROKER_PUBLISHED_MESSAGES_TOTAL = "broker_published_messages_total", Counter, "messages", [],
+        "Messages stored.";
+    BROKER_PUBLISHED_BYTES_TOTAL = "broker_published_bytes_total", Counter, "bytes", [],
+        "Bytes of stored batches, as encoded by their producers.";
+    BROKER_READ_MESSAGES_TOTAL = "broker_read_messages_total", Counter, "messages", [],
+        "Messages handed to clients, in sessions and in answers.";
+    BROKER_READ_BYTES_TOTAL = "broker_read_bytes_total", Counter, "bytes", [],
+        "Bytes of batches and messages handed to clients.";
+    BROKER_PUBLISH_DURATION_SECONDS = "broker_publish_duration_seconds", Histogram, "seconds", [],
+        "Time from a batch's arrival at its shard to its outcome.";
+    BROKER_ENTRY_BYTES = "broker_entry_bytes", Histogram, "bytes", [],
+        "Bytes of the batches in one log entry.";
+    BROKER_ENTRY_ITEMS = "broker_entry_items", Histogram, "items", [],
+        "Batches in one log entry.";
+    BROKER_EXPIRY_RUNS_TOTAL = "broker_expiry_runs_total", Counter, "runs", [],
+        "Times that a shard's messages, ids or producers were removed because of their age.";
+    RAFT_PROPOSALS_TOTAL = "raft_proposals_total", Counter, "proposals", [],
+        "Entries proposed to this node's groups.";
+    RAFT_APPLY_DURATION_SECONDS = "raft_apply_duration_seconds", Histogram, "seconds", [],
+        "Time to apply as many committed entries of one group as were at hand.";
+    RAFT_HELD_GROUPS = "raft_held_groups", Gauge, "groups", [],
+        "Groups that have a replica on this node.";
+    RAFT_LED_GROUPS = "raft_led_groups", Gauge, "groups", [],
+        "Groups that this node leads.";
+    RAFT_LEADER_CHANGES_TOTAL = "raft_leader_changes_total", Counter, "changes", [],
+        "Changes of leader or term among this node's groups, as seen once a second.";
     NODE_CLIENT_CONNECTIONS = "node_client_connections", Gauge, "connections", [],
         "Client connections open now.";
     NODE_CONNECTION_REFUSALS_TOTAL = "node_connection_refusals_total", Counter, "refusals", [],

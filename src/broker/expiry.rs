@@ -36,6 +36,7 @@ pub(super) async fn run(broker: Arc<Broker>, token: CancellationToken) {
                 continue;
             };
             // One at a time, so that expiry never takes the log from publishes; as many as are needed to be done.
+            broker.metrics.expiry_runs.increment(1);
             while expire(&group, shard.shard, now).await && !token.is_cancelled() {}
         }
     }

@@ -3,12 +3,15 @@
 //! lone batch is proposed at once.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use prost::Message;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::counts::BrokerMetrics;
 use super::error::PublishError;
 use crate::base::budget::BytePermit;
 use crate::base::clock::Clock;
@@ -37,6 +40,8 @@ pub type Outcome = Result<ItemOutcome, PublishError>;
 #[derive(Debug)]
 pub struct ReplyTo {
     pub tag: u64,
+    /// When the batch was handed over.
+    pub submitted: Instant,
     pub channel: mpsc::Sender<(u64, Outcome)>,
 }
 
@@ -77,6 +82,7 @@ impl Place<'_> {
 #[derive(Clone)]
 pub struct Ingest {
     mailbox: Sender<Item>,
+    metrics: Arc<BrokerMetrics>,
 }
 
 impl Ingest {
@@ -85,6 +91,7 @@ impl Ingest {
         shard: ShardId,
         group: Group,
         clock: Clock,
+        metrics: Arc<BrokerMetrics>,
         token: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (tx, rx) = mailbox("ingest", MAILBOX_BATCHES);
@@ -92,18 +99,19 @@ impl Ingest {
             shard,
             group,
             clock,
+            metrics: metrics.clone(),
             inbox: rx,
             in_flight: VecDeque::new(),
         };
-        (Self { mailbox: tx }, worker.run(token))
+        (Self { mailbox: tx, metrics }, worker.run(token))
     }
 
     /// Hands a batch over. If it cannot be taken its outcome is sent at once: not processed.
     pub fn submit(&self, item: Item) {
         match self.mailbox.try_send(item) {
             Ok(()) => {}
-            Err(SendError::Full(item)) => item.reply.send(Err(FULL)),
-            Err(SendError::Closed(item)) => item.reply.send(Err(PublishError::Stopping)),
+            Err(SendError::Full(item)) => tell(&self.metrics, item.reply, item.permit, Err(FULL)),
+            Err(SendError::Closed(item)) => tell(&self.metrics, item.reply, item.permit, Err(PublishError::Stopping)),
         }
     }
 
@@ -135,6 +143,7 @@ struct Worker {
     shard: ShardId,
     group: Group,
     clock: Clock,
+    metrics: Arc<BrokerMetrics>,
     inbox: Receiver<Item>,
     in_flight: VecDeque<InFlight>,
 }
@@ -158,7 +167,7 @@ impl Worker {
         }
         // Everything that was proposed is answered; what still waits was not processed.
         while let Ok(Some(item)) = self.inbox.try_recv() {
-            item.reply.send(Err(PublishError::Stopping));
+            tell(&self.metrics, item.reply, item.permit, Err(PublishError::Stopping));
         }
         while !self.in_flight.is_empty() {
             let done = answer(&mut self.in_flight).await;
@@ -190,6 +199,7 @@ impl Worker {
                 next = Some(more);
             }
         }
+        self.metrics.entry(items.len(), bytes);
         let command = pb::GroupCommand {
             feature_level: crate::machine::FEATURE_LEVEL,
             op: Some(pb::group_command::Op::Publish(pb::Publish {
@@ -201,8 +211,8 @@ impl Worker {
         match self.group.propose(command.encode_to_vec().into()).await {
             Ok(pending) => self.in_flight.push_back(InFlight { pending, waiting }),
             Err(e) => {
-                for (reply, _) in waiting {
-                    reply.send(Err(e.clone().into()));
+                for (reply, permit) in waiting {
+                    tell(&self.metrics, reply, permit, Err(e.clone().into()));
                 }
             }
         }
@@ -212,23 +222,29 @@ impl Worker {
         let Some((waiting, result)) = done else { return };
         match result {
             Ok(Applied::Command(GroupOutcome::Published(outcomes))) => {
-                for ((reply, _permit), outcome) in waiting.into_iter().zip(outcomes) {
-                    reply.send(Ok(outcome));
+                for ((reply, permit), outcome) in waiting.into_iter().zip(outcomes) {
+                    tell(&self.metrics, reply, permit, Ok(outcome));
                 }
             }
             // Only a shard that was removed meanwhile answers with anything else.
             Ok(Applied::Command(_) | Applied::Done) => {
-                for (reply, _) in waiting {
-                    reply.send(Err(PublishError::Removed));
+                for (reply, permit) in waiting {
+                    tell(&self.metrics, reply, permit, Err(PublishError::Removed));
                 }
             }
             Err(e) => {
-                for (reply, _) in waiting {
-                    reply.send(Err(e.clone()));
+                for (reply, permit) in waiting {
+                    tell(&self.metrics, reply, permit, Err(e.clone()));
                 }
             }
         }
     }
+}
+
+/// Counts an outcome and sends it; the batch's memory is given back with it.
+fn tell(metrics: &BrokerMetrics, reply: ReplyTo, permit: BytePermit, outcome: Outcome) {
+    metrics.answered(reply.submitted, permit.bytes(), &outcome);
+    reply.send(outcome);
 }
 
 /// Bytes of a batch's records when they are not compressed.

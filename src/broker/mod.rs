@@ -1,5 +1,6 @@
 //! The data plane: from a request to the shard that serves it, publishes into the log, reads out of it.
 
+pub mod counts;
 pub mod cursor;
 pub mod error;
 mod expiry;
@@ -22,6 +23,7 @@ use crate::raft::{Group, Groups, ShardShared};
 use crate::storage::Store;
 use crate::wire::v1;
 
+use counts::BrokerMetrics;
 use error::{PublishError, ReadError, StreamError};
 use ingest::{Ingest, Item};
 
@@ -42,6 +44,7 @@ pub struct Broker {
     alarms: Alarms,
     tasks: Tasks,
     publish_memory: ByteBudget,
+    metrics: Arc<BrokerMetrics>,
     ingests: Mutex<HashMap<crate::model::ShardId, Ingest>>,
 }
 
@@ -64,6 +67,7 @@ impl Broker {
             alarms,
             tasks,
             publish_memory,
+            metrics: Arc::default(),
             ingests: Mutex::default(),
         });
         broker
@@ -95,6 +99,11 @@ impl Broker {
     /// Memory for publishes.
     pub fn publish_memory(&self) -> &ByteBudget {
         &self.publish_memory
+    }
+
+    /// What is counted here.
+    pub fn metrics(&self) -> &BrokerMetrics {
+        &self.metrics
     }
 
     /// A stream that can be used.
@@ -178,6 +187,7 @@ impl Broker {
                     access.place.shard,
                     access.group.clone(),
                     self.clock.clone(),
+                    self.metrics.clone(),
                     self.tasks.token(),
                 );
                 self.tasks.spawn(format!("ingest {}", access.place.shard), task);

@@ -15,6 +15,7 @@ use super::network::NoPeers;
 use super::state_machine::GroupMachine;
 use super::types::{Applied, Mainstem, Proposal};
 use crate::base::RetryClass;
+use crate::base::metric_names as names;
 use crate::model::{GroupId, LogIndex, ReplicaId, Term};
 
 /// Why a proposal has no answer.
@@ -100,6 +101,7 @@ pub struct Group {
     pub replica: ReplicaId,
     raft: Raft<Mainstem, GroupMachine>,
     log: GroupLog,
+    proposals: metrics::Counter,
 }
 
 /// openraft's settings. Snapshots and purges are triggered by us: see `registry`.
@@ -143,7 +145,13 @@ impl Group {
                 Err(e) => return Err(stopped(e.to_string())),
             }
         }
-        Ok(Self { id, replica, raft, log })
+        Ok(Self {
+            id,
+            replica,
+            raft,
+            log,
+            proposals: metrics::counter!(names::RAFT_PROPOSALS_TOTAL),
+        })
     }
 
     /// Waits until this replica leads and has applied everything its log held at the start.
@@ -165,6 +173,7 @@ impl Group {
 
     /// Puts an encoded `GroupCommand` into the log's queue. Answers come in the order of proposals.
     pub async fn propose(&self, command: Bytes) -> Result<Pending, ProposeError> {
+        self.proposals.increment(1);
         let (responder, answer) = ProgressResponder::complete_only();
         self.raft
             .client_write_ff(Proposal(command), Some(responder))

@@ -1,5 +1,6 @@
 //! The replicas that run on this node, and the upkeep they share.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +11,52 @@ use super::group::{Group, ProposeError};
 use super::log_store::GroupLog;
 use super::shard::{RecentBudget, ShardDirectory};
 use super::state_machine::{GroupContext, GroupMachine, GroupMap, MetaObserver};
-use crate::model::{GroupId, ReplicaId};
+use crate::base::metric_names as names;
+use crate::model::{GroupId, ReplicaId, Term};
 use crate::storage::{LogDb, StateDb, Store};
 
 /// How often idle shards give back the memory of their recent batches.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How often leaders are counted.
+const COUNT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Counts groups and leaders.
+struct Census {
+    held: metrics::Gauge,
+    led: metrics::Gauge,
+    changes: metrics::Counter,
+    /// Term and leader of each group when it was last looked at.
+    seen: HashMap<GroupId, (Term, Option<ReplicaId>)>,
+}
+
+impl Census {
+    fn new() -> Self {
+        Self {
+            held: metrics::gauge!(names::RAFT_HELD_GROUPS),
+            led: metrics::gauge!(names::RAFT_LED_GROUPS),
+            changes: metrics::counter!(names::RAFT_LEADER_CHANGES_TOTAL),
+            seen: HashMap::new(),
+        }
+    }
+
+    fn take(&mut self, groups: &[Group]) {
+        let mut led = 0u32;
+        let mut seen = HashMap::with_capacity(groups.len());
+        for group in groups {
+            let status = group.status();
+            led += u32::from(status.is_leader);
+            let now = (status.term, status.leader);
+            if self.seen.get(&group.id).is_some_and(|before| *before != now) {
+                self.changes.increment(1);
+            }
+            seen.insert(group.id, now);
+        }
+        self.seen = seen;
+        self.held.set(groups.len() as f64);
+        self.led.set(f64::from(led));
+    }
+}
 
 /// Every replica on this node.
 pub struct Groups {
@@ -72,14 +114,18 @@ impl Groups {
         &self.context.state
     }
 
-    /// Runs until cancelled: after each flush of `state/` lets every log drop what is now durable there, and takes the
+    /// Runs until cancelled: counts leaders; after each flush of `state/` lets every log drop what is now durable there, and takes the
     /// memory of recent batches back from idle shards.
     pub async fn upkeep(self: Arc<Self>, token: CancellationToken) {
         let mut flushed = self.context.state.flush_generation();
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        let mut count = tokio::time::interval(COUNT_INTERVAL);
+        count.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut census = Census::new();
         loop {
             tokio::select! {
                 () = token.cancelled() => return,
+                _ = count.tick() => census.take(&self.all()),
                 _ = sweep.tick() => {
                     for shard in self.context.directory.all() {
                         shard.sweep_recent();

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -19,6 +20,7 @@ use super::codec;
 use super::log_store::GroupLog;
 use super::shard::{Positions, RecentBudget, ShardDirectory, ShardShared};
 use super::types::{Applied, LogId, Mainstem, StoredMembership};
+use crate::base::metric_names as names;
 use crate::machine::port::{MetaKind, ShardSink};
 use crate::machine::{self, GroupOutcome, MetaMachine, MetaOutcome, ShardMachine};
 use crate::model::{GroupId, LogIndex, Sequence, ShardId, StoredBatch, StreamId, Term};
@@ -103,6 +105,7 @@ pub struct GroupMachine {
     membership: StoredMembership,
     /// The snapshot openraft may purge up to.
     snapshot: Arc<Mutex<Option<SnapshotMeta>>>,
+    apply_duration: metrics::Histogram,
 }
 
 impl GroupMachine {
@@ -174,6 +177,7 @@ impl GroupMachine {
             applied,
             membership,
             snapshot: Arc::new(Mutex::new(snapshot)),
+            apply_duration: metrics::histogram!(names::RAFT_APPLY_DURATION_SECONDS),
         })
     }
 
@@ -393,6 +397,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
     where
         Strm: Stream<Item = Result<EntryResponder<Mainstem>, io::Error>> + Unpin + OptionalSend,
     {
+        let begun = Instant::now();
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
             let id = entry.log_id;
@@ -420,6 +425,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                 responder.send(applied);
             }
         }
+        self.apply_duration.record(begun.elapsed().as_secs_f64());
         Ok(())
     }
 
