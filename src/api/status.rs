@@ -102,14 +102,28 @@ fn meta_code(refusal: &machine::MetaRefusal) -> Code {
     use machine::MetaRefusal as R;
     match refusal {
         R::Differs { .. } | R::SubjectsOverlap { .. } | R::NameTaken { .. } => Code::AlreadyExists,
-        R::NotFound { .. } => Code::NotFound,
-        R::RevisionMismatch { .. } => Code::Aborted,
-        R::BadSpec { .. } | R::Fixed { .. } | R::RequestIdReused { .. } => Code::InvalidArgument,
+        R::NotFound { .. } | R::NodeNotFound { .. } | R::GroupNotFound { .. } => Code::NotFound,
+        R::RevisionMismatch { .. } | R::StaleEpoch { .. } => Code::Aborted,
+        R::BadSpec { .. }
+        | R::BadNode { .. }
+        | R::BadSettings { .. }
+        | R::BadChange { .. }
+        | R::Fixed { .. }
+        | R::RequestIdReused { .. } => Code::InvalidArgument,
         R::TooMany { .. } | R::RequestsFull => Code::ResourceExhausted,
         R::NotInitialised => Code::Unavailable,
         R::OtherCluster { .. }
         | R::NodeNameTaken { .. }
         | R::StaleIncarnation { .. }
+        | R::OtherStore { .. }
+        | R::StoreTaken { .. }
+        | R::NodeRemoved { .. }
+        | R::NodeTooOld { .. }
+        | R::NodeHoldsReplicas { .. }
+        | R::WouldBreakQuorum { .. }
+        | R::VersionDown { .. }
+        | R::VersionNotKnown { .. }
+        | R::InFlight { .. }
         | R::NotEnoughNodes { .. }
         | R::GraceEnded { .. }
         | R::GraceNotEnded { .. }

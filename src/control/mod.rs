@@ -1,6 +1,7 @@
 //! The control plane: the meta group, the view of it, and the reconciler that makes what the meta group says true on
 //! this node.
 
+pub mod placement;
 mod reconcile;
 pub mod view;
 
@@ -122,9 +123,15 @@ fn stream_of(outcome: MetaOutcome) -> Result<Arc<pb::StreamRecord>, Option<MetaR
         | MetaOutcome::StreamRemoved(stream)
         | MetaOutcome::StreamUndeleted(stream)
         | MetaOutcome::StreamDoomed(stream)
-        | MetaOutcome::StreamForgotten(stream) => Ok(stream),
+        | MetaOutcome::StreamForgotten(stream)
+        | MetaOutcome::ShardMoving(stream)
+        | MetaOutcome::ShardMoved { stream, .. } => Ok(stream),
         MetaOutcome::Refused(refusal) => Err(Some(refusal)),
-        MetaOutcome::ClusterInitialised { .. } | MetaOutcome::NodeRegistered { .. } => Err(None),
+        MetaOutcome::ClusterInitialised { .. }
+        | MetaOutcome::NodeRegistered { .. }
+        | MetaOutcome::NodeChanged(_)
+        | MetaOutcome::ClusterChanged(_)
+        | MetaOutcome::GroupChanged(_) => Err(None),
     }
 }
 
@@ -275,6 +282,7 @@ impl Control {
                 pb::meta_command::Op::CreateStream(pb::CreateStream {
                     stream_id: uuid::Uuid::now_v7().simple().to_string(),
                     spec: Some(spec),
+                    ..pb::CreateStream::default()
                 }),
             )
             .await?;
@@ -397,6 +405,7 @@ impl Control {
             name: asked.name.clone(),
             spec: Some(spec),
             base_revision: current.revision.get(),
+            ..pb::UpdateStream::default()
         })
     }
 

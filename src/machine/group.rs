@@ -6,9 +6,9 @@ use super::meta::{MetaMachine, MetaOutcome};
 use super::outcome::{ExpireOutcome, ItemOutcome, PurgeOutcome, UpdateOutcome};
 use super::port::{ShardSink, ShardView};
 use super::shard::ShardMachine;
-use super::{ApplyError, FEATURE_LEVEL, UnknownFeature};
+use super::{AdoptFault, ApplyError, FEATURE_LEVEL, UnknownFeature};
 use crate::model::subject::SubjectError;
-use crate::model::{GroupId, Revision, ShardId, Term, TimeUs};
+use crate::model::{GroupId, LogIndex, Revision, Sequence, ShardId, Term, TimeUs};
 use crate::wire::internal::v1::{self as pb, group_command::Op};
 
 /// The answer to a command.
@@ -28,8 +28,31 @@ pub enum GroupOutcome {
     Purged(Result<PurgeOutcome, SubjectError>),
     /// Of a change of the catalog.
     Meta(MetaOutcome),
+    /// The shard takes nothing any more in this group; `tail` and `digest` are what its adoption must find.
+    Sealed {
+        tail: Sequence,
+        digest: u64,
+        existed: bool,
+    },
+    /// The shard is of this group from now on; it was before if `existed`.
+    Adopted { tail: Sequence, existed: bool },
+    /// The shard was sealed here: it belongs to that group, or will in a moment. Nothing was done.
+    Moved { to: GroupId },
     /// The shard is not here: nothing was done.
     NoShard,
+}
+
+/// The group, and the index in its log, that this node's own replica of it must have applied before the command is applied
+/// here. Two groups never wait for each other: an adoption is proposed after its seal is committed, so what it waits for
+/// is older than itself.
+pub fn waits_for(command: &pb::GroupCommand) -> Option<(GroupId, LogIndex)> {
+    match &command.op {
+        Some(Op::AdoptShard(adopt)) => {
+            let seal = adopt.seal.as_ref()?;
+            Some((GroupId::new(adopt.from_group), LogIndex::new(seal.index)))
+        }
+        Some(_) | None => None,
+    }
 }
 
 /// The machines of one group.
@@ -99,38 +122,106 @@ impl GroupMachine {
         }
         Ok(match op {
             Op::CreateShard(create) => self.create(sink, create),
-            Op::UpdateShard(update) => match self.shards.get_mut(&ShardId::new(update.shard_id)) {
-                Some(shard) => {
+            Op::UpdateShard(update) => match self.owned(update.shard_id) {
+                Ok(shard) => {
                     let config = update.config.clone().ok_or(UnknownFeature::Command)?;
                     GroupOutcome::Updated(shard.apply_update(view, sink, Revision::new(update.revision), config)?)
                 }
-                None => GroupOutcome::NoShard,
+                Err(answer) => answer,
             },
-            Op::RemoveShard(remove) => {
-                let shard = self.shards.remove(&ShardId::new(remove.shard_id));
-                let existed = shard.is_some();
-                if let Some(shard) = shard {
-                    shard.apply_remove(sink);
+            Op::RemoveShard(remove) => match self.owned(remove.shard_id) {
+                Ok(_) => {
+                    let shard = self.shards.remove(&ShardId::new(remove.shard_id));
+                    shard.expect("it was found").apply_remove(sink);
+                    GroupOutcome::Removed { existed: true }
                 }
-                GroupOutcome::Removed { existed }
-            }
-            Op::Publish(publish) => match self.shards.get_mut(&ShardId::new(publish.shard_id)) {
-                Some(shard) => GroupOutcome::Published(shard.apply_publish(view, sink, term, publish)?),
-                None => GroupOutcome::NoShard,
+                Err(GroupOutcome::NoShard) => GroupOutcome::Removed { existed: false },
+                Err(answer) => answer,
             },
-            Op::Expire(expire) => match self.shards.get_mut(&ShardId::new(expire.shard_id)) {
-                Some(shard) => GroupOutcome::Expired(shard.apply_expire(view, sink, TimeUs::new(expire.time_us))?),
-                None => GroupOutcome::NoShard,
+            Op::Publish(publish) => match self.owned(publish.shard_id) {
+                Ok(shard) => GroupOutcome::Published(shard.apply_publish(view, sink, term, publish)?),
+                Err(answer) => answer,
             },
-            Op::Purge(purge) => match self.shards.get_mut(&ShardId::new(purge.shard_id)) {
-                Some(shard) => GroupOutcome::Purged(shard.apply_purge(view, sink, purge)?),
-                None => GroupOutcome::NoShard,
+            Op::Expire(expire) => match self.owned(expire.shard_id) {
+                Ok(shard) => GroupOutcome::Expired(shard.apply_expire(view, sink, TimeUs::new(expire.time_us))?),
+                Err(answer) => answer,
             },
+            Op::Purge(purge) => match self.owned(purge.shard_id) {
+                Ok(shard) => GroupOutcome::Purged(shard.apply_purge(view, sink, purge)?),
+                Err(answer) => answer,
+            },
+            Op::SealShard(seal) => self.seal(sink, seal),
+            Op::AdoptShard(adopt) => self.adopt(view, sink, adopt)?,
             Op::Meta(command) => match &mut self.meta {
                 Some(meta) => GroupOutcome::Meta(meta.apply(sink, command)?),
                 None => return Err(UnknownFeature::WrongGroup.into()),
             },
         })
+    }
+
+    /// A shard that is here and not sealed; else the answer.
+    fn owned(&mut self, shard: u64) -> Result<&mut ShardMachine, GroupOutcome> {
+        match self.shards.get_mut(&ShardId::new(shard)) {
+            None => Err(GroupOutcome::NoShard),
+            Some(shard) => match shard.seal() {
+                Some(seal) => Err(GroupOutcome::Moved {
+                    to: GroupId::new(seal.to_group),
+                }),
+                None => Ok(shard),
+            },
+        }
+    }
+
+    fn seal(&mut self, sink: &mut dyn ShardSink, seal: &pb::SealShard) -> GroupOutcome {
+        let Some(shard) = self.shards.get_mut(&ShardId::new(seal.shard_id)) else {
+            return GroupOutcome::NoShard;
+        };
+        let existed = match shard.seal() {
+            Some(known) if known.move_id != seal.move_id => {
+                return GroupOutcome::Moved {
+                    to: GroupId::new(known.to_group),
+                };
+            }
+            Some(_) => true,
+            None => {
+                shard.apply_seal(sink, GroupId::new(seal.to_group), seal.move_id);
+                false
+            }
+        };
+        GroupOutcome::Sealed {
+            tail: shard.tail(),
+            digest: shard.digest(),
+            existed,
+        }
+    }
+
+    fn adopt(
+        &mut self,
+        view: &dyn ShardView,
+        sink: &mut dyn ShardSink,
+        adopt: &pb::AdoptShard,
+    ) -> Result<GroupOutcome, ApplyError> {
+        let id = ShardId::new(adopt.shard_id);
+        if let Some(shard) = self.shards.get(&id) {
+            if shard.origin().is_some_and(|origin| origin.move_id == adopt.move_id) {
+                return Ok(GroupOutcome::Adopted {
+                    tail: shard.tail(),
+                    existed: true,
+                });
+            }
+            // One that went away from here may come back; one that never went cannot come.
+            if shard.seal().is_none() {
+                return Err(AdoptFault::NotSealed {
+                    shard: id,
+                    from: GroupId::new(adopt.from_group),
+                }
+                .into());
+            }
+        }
+        let shard = ShardMachine::apply_adopt(view, sink, self.group, adopt)??;
+        let tail = shard.tail();
+        self.shards.insert(id, shard);
+        Ok(GroupOutcome::Adopted { tail, existed: false })
     }
 
     fn create(&mut self, sink: &mut dyn ShardSink, create: &pb::CreateShard) -> GroupOutcome {

@@ -7,6 +7,7 @@
 pub mod group;
 pub mod meta;
 pub mod outcome;
+pub mod placement;
 pub mod port;
 pub mod shard;
 
@@ -15,7 +16,7 @@ pub use meta::{MetaMachine, MetaOutcome, MetaRefusal};
 pub use outcome::{
     Duplicate, DuplicateItem, ExpireOutcome, ItemOutcome, PurgeOutcome, Refusal, StoredItem, UpdateOutcome,
 };
-pub use shard::ShardMachine;
+pub use shard::{AdoptFault, ShardMachine};
 
 use port::ViewError;
 
@@ -31,6 +32,9 @@ pub enum ApplyError {
     /// The entry is from a newer version.
     #[error(transparent)]
     UnknownFeature(#[from] UnknownFeature),
+    /// A shard's copy is not as its seal said.
+    #[error(transparent)]
+    Adopt(#[from] AdoptFault),
 }
 
 /// An entry that this binary does not know: it stops rather than guess.

@@ -1,6 +1,8 @@
 //! What a machine needs from outside, as two narrow traits: a view of its own group's applied state, and a sink for
 //! what an apply writes. `storage` implements both; tests implement them over maps.
 
+use bytes::Bytes;
+
 use crate::model::{GroupId, Sequence, ShardId, StoredBatch};
 
 /// Why the view could not answer. The apply stops; nothing is guessed.
@@ -31,6 +33,22 @@ pub trait ShardView {
         subject: &str,
         below: Sequence,
     ) -> Result<Option<(Sequence, Vec<u32>)>, ViewError>;
+
+    /// A shard as it was last written, whichever group holds it: that of another group only when it adopts it.
+    fn shard_state(&self, shard: ShardId) -> Result<Option<ShardState>, ViewError>;
+}
+
+/// What is kept of a shard besides its messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardState {
+    /// The group that holds it.
+    pub group: GroupId,
+    /// An encoded `ShardRecord`.
+    pub record: Bytes,
+    /// Encoded `ProducerRecord`s by id.
+    pub producers: Vec<(u64, Bytes)>,
+    /// Encoded `IdBlock`s, ascending by key.
+    pub id_blocks: Vec<(Sequence, Bytes)>,
 }
 
 /// What an apply writes. Everything between two commits of the sink, with the applied marker, is one atomic write.

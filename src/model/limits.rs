@@ -58,10 +58,15 @@ limits! {
     READ_FILTERS_MAX: usize = 64, "read_filters_max", "Each is matched against every message read.";
     STREAMS_MAX: usize = 100_000, "streams_max", "The catalog is in every node's memory.";
     NODES_MAX: usize = 1_024, "nodes_max", "The catalog is in every node's memory.";
+    NODES_REMEMBERED_MAX: usize = 16_384, "nodes_remembered_max", "Removed nodes count too: their ids are never given again, so they are kept.";
     SHARDS_MAX: u32 = 1_024, "shards_max", "No more than a quarter of the slots, so that shards stay even.";
     SLOTS: u32 = 4_096, "slots", "What a hash picks from; fixed for ever, since it decides which shard holds a subject.";
     PARTITION_TOKENS_MAX: usize = 16, "partition_tokens_max", "A partition by tokens looks at a few.";
     REPLICAS_MAX: u32 = 7, "replicas_max", "Seven replicas survive three failures; more only cost.";
+    PLACEMENT_ZONES_MAX: usize = 32, "placement_zones_max", "Each is compared with each node's.";
+    PLACEMENT_TAGS_MAX: usize = 16, "placement_tags_max", "Each is compared with each node's; also the tags of a node.";
+    LABEL_BYTES_MAX: usize = 64, "label_bytes_max", "Zones and tags are short words.";
+    META_VOTERS_MAX: u32 = 5, "meta_voters_max", "Voters of the meta group: five survive two failures; the other nodes are learners.";
     POOL_GROUPS_MAX: u32 = 256, "pool_groups_max", "Groups shared by ordinary streams; each costs tasks and memory.";
     MAX_AGE_MIN_US: u64 = 100_000, "max_age_min_us", "Below 100 ms expiry would be proposed without pause.";
     DUPLICATE_WINDOW_DEFAULT_US: u64 = 120_000_000, "duplicate_window_default_us", "Two minutes, as users of other systems expect.";

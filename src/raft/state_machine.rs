@@ -273,6 +273,8 @@ fn shard_of(op: &pb::group_command::Op) -> Option<ShardId> {
         Op::Publish(c) => c.shard_id,
         Op::Expire(c) => c.shard_id,
         Op::Purge(c) => c.shard_id,
+        Op::SealShard(c) => c.shard_id,
+        Op::AdoptShard(c) => c.shard_id,
         Op::Meta(_) => return None,
     };
     Some(ShardId::new(raw))
@@ -294,8 +296,21 @@ fn changes(meta: &MetaMachine, outcome: &MetaOutcome) -> Vec<MetaChange> {
     let mut out: Vec<MetaChange> = meta.cluster().cloned().map(MetaChange::Cluster).into_iter().collect();
     let stream = match outcome {
         MetaOutcome::Refused(_) | MetaOutcome::StreamExisted(_) => return Vec::new(),
-        MetaOutcome::ClusterInitialised { .. } | MetaOutcome::NodeRegistered { .. } => return everything(meta),
-        MetaOutcome::StreamCreated(stream)
+        MetaOutcome::ClusterInitialised { .. } | MetaOutcome::NodeRegistered { .. } | MetaOutcome::NodeChanged(_) => {
+            return everything(meta);
+        }
+        MetaOutcome::ClusterChanged(_) => return out,
+        MetaOutcome::GroupChanged(group) => {
+            let id = GroupId::new(group.group_id);
+            out.push(group_change(meta, id));
+            return out;
+        }
+        MetaOutcome::ShardMoved { stream, from, to } => {
+            out.extend([*from, *to].map(|id| group_change(meta, id)));
+            stream
+        }
+        MetaOutcome::ShardMoving(stream)
+        | MetaOutcome::StreamCreated(stream)
         | MetaOutcome::StreamActivated(stream)
         | MetaOutcome::StreamUpdated(stream)
         | MetaOutcome::StreamRemoved(stream)
@@ -304,11 +319,10 @@ fn changes(meta: &MetaMachine, outcome: &MetaOutcome) -> Vec<MetaChange> {
         | MetaOutcome::StreamForgotten(stream) => stream,
     };
     for shard in &stream.shards {
-        let id = GroupId::new(shard.group_id);
-        out.push(match meta.group(id) {
-            Some(group) => MetaChange::Group(group.clone()),
-            None => MetaChange::GroupForgotten(id),
-        });
+        let moving = shard.moving.iter().flat_map(|m| [m.from_group, m.to_group]);
+        for id in moving.chain([shard.group_id]) {
+            out.push(group_change(meta, GroupId::new(id)));
+        }
     }
     // A remembered answer tells the stream as it was then: what it is now counts.
     if let Some(id) = StreamId::parse(&stream.stream_id) {
@@ -318,6 +332,13 @@ fn changes(meta: &MetaMachine, outcome: &MetaOutcome) -> Vec<MetaChange> {
         });
     }
     out
+}
+
+fn group_change(meta: &MetaMachine, id: GroupId) -> MetaChange {
+    match meta.group(id) {
+        Some(group) => MetaChange::Group(group.clone()),
+        None => MetaChange::GroupForgotten(id),
+    }
 }
 
 /// What an entry changed, to be made visible once it is written.

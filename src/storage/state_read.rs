@@ -12,7 +12,7 @@ use super::offsets;
 use super::record::{corrupt, take_u64, unframe};
 use super::shared::read_error;
 use super::state::StateDb;
-use crate::machine::port::{MetaKind, ShardView, ViewError};
+use crate::machine::port::{MetaKind, ShardState, ShardView, ViewError};
 use crate::model::{GroupId, Sequence, ShardId, StoredBatch, TimeUs};
 
 /// Bytes a scan reads at a time.
@@ -333,6 +333,22 @@ impl ShardView for StateDb {
         below: Sequence,
     ) -> Result<Option<(Sequence, Vec<u32>)>, ViewError> {
         self.view(self.posting_below(shard, subject, below))
+    }
+
+    fn shard_state(&self, shard: ShardId) -> Result<Option<ShardState>, ViewError> {
+        let key = Key::Shard(shard).encode();
+        let state = self.get(&key).and_then(|value| {
+            let Some(value) = value else { return Ok(None) };
+            let mut record: &[u8] = &value;
+            let group = take_u64(&mut record).ok_or_else(|| corrupt(Area::State, &key, "too short"))?;
+            Ok(Some(ShardState {
+                group: GroupId::new(group),
+                record: Bytes::copy_from_slice(record),
+                producers: self.producers(shard)?,
+                id_blocks: self.id_blocks(shard)?,
+            }))
+        });
+        self.view(state)
     }
 }
 

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use super::internal::v1 as pb;
-use super::v1::{DiscardPolicy, Durability, Limits, Partitioning, StreamSpec};
+use super::v1::{DiscardPolicy, Durability, Limits, Partitioning, Placement, StreamSpec};
 use crate::model::Filter;
 use crate::model::limits::{
     DESCRIPTION_BYTES_MAX, DUPLICATE_IDS_DEFAULT, DUPLICATE_IDS_MAX, DUPLICATE_WINDOW_DEFAULT_US,
-    DUPLICATE_WINDOW_MAX_US, MAX_AGE_MIN_US, MESSAGE_BYTES_MAX, METADATA_BYTES_MAX, METADATA_PAIRS_MAX, NAME_BYTES_MAX,
-    NAMESPACE_BYTES_MAX, PRODUCER_IDLE_US, PRODUCERS_MAX, REPLICAS_MAX, SHARDS_MAX, STREAM_SUBJECTS_MAX,
+    DUPLICATE_WINDOW_MAX_US, LABEL_BYTES_MAX, MAX_AGE_MIN_US, MESSAGE_BYTES_MAX, METADATA_BYTES_MAX, METADATA_PAIRS_MAX, NAME_BYTES_MAX,
+    NAMESPACE_BYTES_MAX, PLACEMENT_TAGS_MAX, PLACEMENT_ZONES_MAX, PRODUCER_IDLE_US, PRODUCERS_MAX, REPLICAS_MAX,
+    SHARDS_MAX, STREAM_SUBJECTS_MAX,
 };
 use crate::model::partition;
 
@@ -29,6 +30,8 @@ pub const UPDATABLE: &[&str] = &[
     "duplicate_window_us",
     "duplicate_ids_max",
     "metadata",
+    "replicas",
+    "placement",
 ];
 
 /// Fields of the spec that are fixed when a stream is created.
@@ -37,7 +40,6 @@ const FIXED: &[&str] = &[
     "name",
     "partitioning",
     "shards",
-    "replicas",
     "durability",
     "dedicated",
 ];
@@ -145,7 +147,49 @@ pub fn normalise(spec: &StreamSpec) -> Result<StreamSpec, SpecError> {
         metadata: spec.metadata.clone(),
         durability: durability as i32,
         dedicated: spec.dedicated,
+        placement: normalise_placement(spec.placement.as_ref())?,
     })
+}
+
+/// A placement that allows every node is none.
+fn normalise_placement(placement: Option<&Placement>) -> Result<Option<Placement>, SpecError> {
+    let Some(Placement { zones, tags }) = placement.filter(|p| !p.zones.is_empty() || !p.tags.is_empty()) else {
+        return Ok(None);
+    };
+    if zones.len() > PLACEMENT_ZONES_MAX || tags.len() > PLACEMENT_TAGS_MAX {
+        return Err(SpecError::new(
+            "placement",
+            format!(
+                "it names {} zones and {} tags; at most {PLACEMENT_ZONES_MAX} and {PLACEMENT_TAGS_MAX} are allowed",
+                zones.len(),
+                tags.len()
+            ),
+        ));
+    }
+    for zone in zones {
+        check_label("placement", zone)?;
+    }
+    for (key, value) in tags {
+        check_label("placement", key)?;
+        check_label("placement", value)?;
+    }
+    let mut zones = zones.clone();
+    zones.sort_unstable();
+    zones.dedup();
+    let tags = tags.clone();
+    Ok(Some(Placement { zones, tags }))
+}
+
+/// Checks a zone, or the key or value of a node's tag: 1-64 letters, digits, '_', '-', '.'.
+pub fn check_label(field: &str, text: &str) -> Result<(), SpecError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    if text.is_empty() || text.len() > LABEL_BYTES_MAX || !text.chars().all(allowed) {
+        return Err(SpecError::new(
+            field,
+            format!("{text:?} is no label; 1-{LABEL_BYTES_MAX} letters, digits, '_', '-' and '.' are allowed"),
+        ));
+    }
+    Ok(())
 }
 
 fn normalise_partitioning(wire: Option<&Partitioning>) -> Result<Partitioning, SpecError> {
@@ -259,7 +303,18 @@ fn fields(spec: &StreamSpec) -> Vec<(&'static str, String)> {
         ("metadata", format!("{:?}", spec.metadata)),
         ("durability", spec.durability().as_str_name().to_string()),
         ("dedicated", spec.dedicated.to_string()),
+        ("placement", placement_text(spec.placement.as_ref())),
     ]
+}
+
+/// A placement as a user would write it: "zone=a,b tag:disk=ssd", or "any".
+pub fn placement_text(placement: Option<&Placement>) -> String {
+    let Some(Placement { zones, tags }) = placement else {
+        return "any".into();
+    };
+    let zones = (!zones.is_empty()).then(|| format!("zone={}", zones.join(",")));
+    let tags = tags.iter().map(|(key, value)| format!("tag:{key}={value}"));
+    zones.into_iter().chain(tags).collect::<Vec<_>>().join(" ")
 }
 
 fn partitioning_text(spec: &StreamSpec) -> String {
@@ -331,6 +386,8 @@ pub fn apply_mask<S: AsRef<str>>(
             "duplicate_window_us" => spec.duplicate_window_us = wanted.duplicate_window_us,
             "duplicate_ids_max" => spec.duplicate_ids_max = wanted.duplicate_ids_max,
             "metadata" => spec.metadata = wanted.metadata.clone(),
+            "replicas" => spec.replicas = wanted.replicas,
+            "placement" => spec.placement = wanted.placement.clone(),
             other => {
                 let why = match FIXED.contains(&other.split('.').next().unwrap_or(other)) {
                     true => "it is fixed when a stream is created",
@@ -373,185 +430,4 @@ pub fn shard_config(spec: &StreamSpec, stream_id: &str, epoch: u64, shard_index:
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::wire::v1::{ByKey, BySubjectTokens, partitioning::By};
-
-    fn spec(change: impl FnOnce(&mut StreamSpec)) -> StreamSpec {
-        let mut spec = StreamSpec {
-            name: "orders".into(),
-            ..StreamSpec::default()
-        };
-        change(&mut spec);
-        spec
-    }
-
-    #[test]
-    fn defaults_are_as_told() {
-        let normal = normalise(&spec(|_| ())).expect("valid");
-        assert_eq!(normal.namespace, "default");
-        assert_eq!(normal.subjects, ["orders", "orders.>"]);
-        assert_eq!((normal.shards, normal.replicas), (1, 1));
-        assert_eq!(normal.duplicate_window_us, Some(120_000_000));
-        assert_eq!(normal.duplicate_ids_max, Some(200_000));
-        assert_eq!(normal.durability(), Durability::QuorumSynced);
-        assert_eq!(normal.limits.expect("filled in").discard(), DiscardPolicy::Old);
-        assert_eq!(partitioning_text(&normal), "by subject");
-        assert_eq!(normalise(&normal), Ok(normal.clone()));
-        // Order and repetition of subjects mean nothing.
-        let twice = normalise(&spec(|s| {
-            s.subjects = vec!["orders.>".into(), "orders".into(), "orders".into()]
-        }));
-        assert_eq!(twice, Ok(normal));
-    }
-
-    #[test]
-    fn refusals_name_the_field() {
-        let cases: Vec<(&str, StreamSpec)> = vec![
-            ("name", spec(|s| s.name = String::new())),
-            ("name", spec(|s| s.name = "a.b".into())),
-            ("name", spec(|s| s.name = "x".repeat(300))),
-            ("namespace", spec(|s| s.namespace = "ä".into())),
-            ("description", spec(|s| s.description = "x".repeat(5_000))),
-            ("subjects", spec(|s| s.subjects = vec!["a..b".into()])),
-            ("subjects", spec(|s| s.subjects = vec!["a".into(); 65])),
-            ("shards", spec(|s| s.shards = 1_025)),
-            ("replicas", spec(|s| s.replicas = 8)),
-            ("duplicate_ids_max", spec(|s| s.duplicate_ids_max = Some(0))),
-            ("duplicate_window_us", spec(|s| s.duplicate_window_us = Some(u64::MAX))),
-            ("durability", spec(|s| s.durability = 9)),
-            ("metadata", spec(|s| drop(s.metadata.insert(String::new(), "x".into())))),
-            (
-                "metadata",
-                spec(|s| drop(s.metadata.insert("k".into(), "x".repeat(5_000)))),
-            ),
-            (
-                "limits.max_age_us",
-                spec(|s| s.limits.get_or_insert_default().max_age_us = Some(99_999)),
-            ),
-            (
-                "limits.max_bytes",
-                spec(|s| s.limits.get_or_insert_default().max_bytes = Some(0)),
-            ),
-            (
-                "limits.max_messages",
-                spec(|s| s.limits.get_or_insert_default().max_messages = Some(0)),
-            ),
-            (
-                "limits.max_message_bytes",
-                spec(|s| s.limits.get_or_insert_default().max_message_bytes = Some(5 << 20)),
-            ),
-            ("limits.discard", spec(|s| s.limits.get_or_insert_default().discard = 7)),
-            (
-                "partitioning",
-                spec(|s| {
-                    s.partitioning = Some(Partitioning {
-                        by: Some(By::SubjectTokens(BySubjectTokens { positions: vec![] })),
-                    })
-                }),
-            ),
-        ];
-        for (field, spec) in cases {
-            assert_eq!(normalise(&spec).expect_err(field).field, field);
-        }
-        // A name as long as may be leaves no room for `NAME.>`.
-        let long = normalise(&spec(|s| s.name = "x".repeat(255))).expect("valid");
-        assert_eq!(long.subjects.len(), 1);
-    }
-
-    #[test]
-    fn differences_are_told() {
-        let a = normalise(&spec(|_| ())).expect("valid");
-        let b = normalise(&spec(|s| {
-            s.shards = 4;
-            s.limits.get_or_insert_default().max_bytes = Some(5);
-        }))
-        .expect("valid");
-        assert_eq!(difference(&a, &a), None);
-        assert_eq!(
-            difference(&a, &b).as_deref(),
-            Some("shards (1 there, 4 asked); limits.max_bytes (none there, 5 asked)")
-        );
-        assert_eq!(fixed_difference(&a, &b).as_deref(), Some("shards (1 there, 4 asked)"));
-        let key = normalise(&spec(|s| {
-            s.partitioning = Some(Partitioning {
-                by: Some(By::Key(ByKey {})),
-            })
-        }))
-        .expect("valid");
-        assert_eq!(
-            difference(&a, &key).as_deref(),
-            Some("partitioning (by subject there, by key asked)")
-        );
-        assert!(!shard_config(&key, "", 1, 0).subject_in_one_shard);
-        assert!(shard_config(&a, "", 1, 0).subject_in_one_shard);
-    }
-
-    /// Every field that can differ is told: a spec that differs in nothing but that field.
-    #[test]
-    fn no_difference_goes_untold() {
-        let a = normalise(&spec(|_| ())).expect("valid");
-        let changes: Vec<fn(&mut StreamSpec)> = vec![
-            |s| s.namespace = "other".into(),
-            |s| s.name = "other".into(),
-            |s| s.description = "x".into(),
-            |s| s.subjects = vec!["x".into()],
-            |s| s.shards = 2,
-            |s| s.replicas = 2,
-            |s| s.limits.get_or_insert_default().max_age_us = Some(1_000_000),
-            |s| s.limits.get_or_insert_default().max_messages = Some(1),
-            |s| s.limits.get_or_insert_default().max_message_bytes = Some(1),
-            |s| s.limits.get_or_insert_default().discard = DiscardPolicy::New as i32,
-            |s| s.duplicate_window_us = Some(1),
-            |s| s.duplicate_ids_max = Some(1),
-            |s| drop(s.metadata.insert("k".into(), "v".into())),
-            |s| s.dedicated = true,
-        ];
-        for change in changes {
-            let mut b = a.clone();
-            change(&mut b);
-            assert!(difference(&a, &b).is_some(), "{b:?}");
-        }
-    }
-
-    #[test]
-    fn masks() {
-        let current = normalise(&spec(|s| s.limits.get_or_insert_default().max_bytes = Some(5))).expect("valid");
-        let wanted = spec(|s| {
-            s.description = "new".into();
-            s.shards = 9;
-            s.limits.get_or_insert_default().max_messages = Some(7);
-        });
-        let updated = apply_mask(&current, &wanted, ["limits.max_messages"]).expect("valid");
-        let limits = updated.limits.expect("there");
-        assert_eq!(
-            (limits.max_messages, limits.max_bytes, updated.description.as_str()),
-            (Some(7), Some(5), "")
-        );
-        let updated = apply_mask(&current, &wanted, ["limits", "description"]).expect("valid");
-        let limits = updated.limits.expect("there");
-        assert_eq!(
-            (limits.max_messages, limits.max_bytes, updated.description.as_str()),
-            (Some(7), None, "new")
-        );
-        assert!(
-            apply_mask(&current, &wanted, ["shards"])
-                .expect_err("fixed")
-                .problem
-                .starts_with("it is fixed")
-        );
-        assert!(
-            apply_mask(&current, &wanted, ["colour"])
-                .expect_err("unknown")
-                .problem
-                .starts_with("there is no")
-        );
-        assert_eq!(
-            apply_mask::<&str>(&current, &wanted, []).expect_err("empty").field,
-            "update_mask"
-        );
-        for path in UPDATABLE {
-            assert!(apply_mask(&current, &wanted, [path]).is_ok(), "{path}");
-        }
-    }
-}
+mod tests;

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use mainstem::machine::ShardMachine;
-use mainstem::machine::port::{MetaKind, ShardSink, ShardView, ViewError};
+use mainstem::machine::port::{MetaKind, ShardSink, ShardState, ShardView, ViewError};
 use mainstem::model::batch::{BatchBuilder, BatchView, Codec, RecordFields};
 use mainstem::model::{GroupId, Sequence, ShardId, StoredBatch};
 
@@ -26,6 +26,8 @@ pub struct State {
     pub ids: BTreeMap<Sequence, Vec<u8>>,
     pub producers: BTreeMap<u64, Vec<u8>>,
     pub shard: Option<Vec<u8>>,
+    /// That holds the shard.
+    pub group: Option<GroupId>,
     pub meta: BTreeMap<(MetaKind, Vec<u8>), Vec<u8>>,
     /// Every write, in order.
     pub writes: Vec<String>,
@@ -52,7 +54,7 @@ impl Store {
         let state = self.0.borrow();
         ShardMachine::load(
             SHARD,
-            GROUP,
+            state.group.expect("the shard was written"),
             state.shard.as_deref().expect("the shard was written"),
             state.producers.iter().map(|(id, bytes)| (*id, bytes.as_slice())),
             state.ids.iter().map(|(at, bytes)| (*at, bytes.as_slice())),
@@ -123,6 +125,21 @@ impl ShardView for Store {
             .next_back()
             .map(|((_, base), offsets)| (*base, offsets.clone())))
     }
+
+    fn shard_state(&self, shard: ShardId) -> Result<Option<ShardState>, ViewError> {
+        assert_eq!(shard, SHARD);
+        let state = self.0.borrow();
+        let (Some(group), Some(record)) = (state.group, &state.shard) else {
+            return Ok(None);
+        };
+        let bytes = |raw: &Vec<u8>| Bytes::copy_from_slice(raw);
+        Ok(Some(ShardState {
+            group,
+            record: bytes(record),
+            producers: state.producers.iter().map(|(id, raw)| (*id, bytes(raw))).collect(),
+            id_blocks: state.ids.iter().map(|(at, raw)| (*at, bytes(raw))).collect(),
+        }))
+    }
 }
 
 impl ShardSink for Store {
@@ -171,9 +188,11 @@ impl ShardSink for Store {
     }
 
     fn put_shard(&mut self, shard: ShardId, group: GroupId, record: &[u8]) {
-        assert_eq!((shard, group), (SHARD, GROUP));
+        assert_eq!(shard, SHARD);
         self.log(format!("shard {record:02x?}"));
-        self.0.borrow_mut().shard = Some(record.to_vec());
+        let mut state = self.0.borrow_mut();
+        state.shard = Some(record.to_vec());
+        state.group = Some(group);
     }
 
     fn drop_batches(&mut self, _: ShardId, from: Sequence, to: Sequence) {

@@ -1,22 +1,26 @@
 //! The cluster's catalog: cluster, nodes, groups, streams. Every change raises the cluster's revision, which is the
 //! version of the view.
 
+mod groups;
+mod moves;
+mod nodes;
 mod outcome;
 mod place;
 mod requests;
 mod streams;
 mod subjects;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use prost::Message;
 
+use super::placement::ClusterShape;
 use super::port::{MetaKind, ShardSink};
 use super::{LoadError, UnknownFeature};
-use crate::model::limits::{NODES_MAX, POOL_GROUPS_MAX};
-use crate::model::{Filter, GroupId, NodeId, Revision, StreamId};
-use crate::wire::internal::v1::{self as pb, meta_command::Op};
+use crate::model::limits::POOL_GROUPS_MAX;
+use crate::model::{Filter, GroupId, NodeId, Revision, ShardId, StreamId};
+use crate::wire::internal::v1::{self as pb, NodeState, meta_command::Op};
 use crate::wire::v1::{StreamSpec, StreamState};
 
 pub use outcome::{MetaOutcome, MetaRefusal};
@@ -39,6 +43,8 @@ pub struct MetaMachine {
     live: BTreeMap<String, BTreeMap<String, StreamId>>,
     /// Index: their subjects, by namespace.
     subjects: BTreeMap<String, SubjectIndex>,
+    /// Index: shards on their way, by each of the two groups.
+    moves: BTreeMap<GroupId, BTreeSet<ShardId>>,
 }
 
 /// Parses the filters of a spec; none that is normalised fails.
@@ -103,6 +109,7 @@ impl MetaMachine {
                     if is_live(&stream) {
                         machine.index(&stream);
                     }
+                    machine.index_moves(&stream);
                     machine.streams.insert(id, stream);
                 }
                 MetaKind::Request => machine.requests.load(bytes)?,
@@ -121,9 +128,19 @@ impl MetaMachine {
         Revision::new(self.cluster.as_ref().map_or(0, |cluster| cluster.revision))
     }
 
-    /// All nodes, by id.
+    /// All nodes, removed ones too, by id.
     pub fn nodes(&self) -> impl Iterator<Item = &Arc<pb::NodeRecord>> {
         self.nodes.values()
+    }
+
+    /// The cluster as far as placing needs it. Of reports it knows nothing: every node counts as live.
+    pub fn shape(&self) -> ClusterShape {
+        ClusterShape::of(
+            &self.cluster.as_deref().cloned().unwrap_or_default(),
+            self.nodes.values().map(|node| &**node),
+            self.groups.values().map(|group| &**group),
+            self.streams.values().map(|stream| &**stream),
+        )
     }
 
     /// All data groups, by id. The meta group is not among them.
@@ -177,7 +194,25 @@ impl MetaMachine {
     fn apply_op(&mut self, sink: &mut dyn ShardSink, time_us: u64, op: &Op) -> MetaOutcome {
         let outcome = match op {
             Op::InitCluster(init) => self.init_cluster(sink, init),
-            Op::RegisterNode(node) => self.register_node(sink, node),
+            Op::RegisterNode(node) => self.register_node(sink, time_us, node),
+            Op::JoinNode(join) => self.join_node(sink, time_us, join),
+            Op::DrainNode(drain) => self.set_node_state(sink, time_us, drain.node_id, NodeState::Draining),
+            Op::UndrainNode(undrain) => self.set_node_state(sink, time_us, undrain.node_id, NodeState::Active),
+            Op::RemoveNode(remove) => self.remove_node(sink, time_us, remove),
+            Op::SetClusterVersion(set) => self.set_cluster_version(sink, set),
+            Op::UpdateSettings(update) => self.update_settings(sink, update),
+            Op::SetMetaVoters(set) => self.set_meta_voters(sink, set),
+            Op::RenewMetaReplica(renew) => self.renew_meta_replica(sink, renew),
+            Op::GroupFormed(formed) => self.group_formed(sink, formed),
+            Op::PlanReplicaChange(plan) => self.plan_replica_change(sink, time_us, plan),
+            Op::ReplicaCaughtUp(report) => self.replica_caught_up(sink, report),
+            Op::ChangeCommitted(report) => self.change_committed(sink, time_us, report),
+            Op::AbortChange(abort) => self.abort_change(sink, time_us, abort),
+            Op::ReplicaGone(gone) => self.replica_gone(sink, gone),
+            Op::PlanShardMove(plan) => self.plan_shard_move(sink, time_us, plan),
+            Op::ShardSealed(sealed) => self.shard_sealed(sink, sealed),
+            Op::ShardAdopted(adopted) => self.shard_adopted(sink, adopted),
+            Op::ShardMoveDone(done) => self.shard_move_done(sink, done),
             Op::CreateStream(create) => self.create_stream(sink, time_us, create),
             Op::ActivateStream(activate) => self.activate_stream(sink, activate),
             Op::UpdateStream(update) => self.update_stream(sink, update),
@@ -210,6 +245,9 @@ impl MetaMachine {
             next_shard_id: 1,
             revision: 0,
             pool_groups: (first..first + pool).collect(),
+            cluster_version: 1,
+            next_move_id: 1,
+            ..pb::ClusterRecord::default()
         };
         for group_id in first..first + pool {
             self.put_group(
@@ -217,12 +255,13 @@ impl MetaMachine {
                 pb::GroupRecord {
                     group_id,
                     pooled: true,
-                    replicas: vec![],
-                    shards: 0,
+                    replica_count: 1,
+                    ..pb::GroupRecord::default()
                 },
             );
         }
-        // The node may have been told of before or after.
+        // Nodes may have been told of before or after.
+        self.give_meta_replicas(sink, &mut cluster);
         if let Some(node) = self.nodes.keys().next().copied() {
             self.give_pool_to(sink, &mut cluster, node);
         }
@@ -231,56 +270,6 @@ impl MetaMachine {
             cluster,
             existed: false,
         })
-    }
-
-    fn register_node(&mut self, sink: &mut dyn ShardSink, node: &pb::RegisterNode) -> Result<MetaOutcome, MetaRefusal> {
-        let id = NodeId::new(node.node_id);
-        let record = pb::NodeRecord {
-            node_id: node.node_id,
-            name: node.name.clone(),
-            incarnation: node.incarnation,
-            client_address: node.client_address.clone(),
-        };
-        if let Some(other) = self
-            .nodes
-            .values()
-            .find(|other| other.name == node.name && other.node_id != node.node_id)
-        {
-            return Err(MetaRefusal::NodeNameTaken {
-                name: node.name.clone(),
-                node_id: other.node_id,
-            });
-        }
-        match self.nodes.get(&id) {
-            Some(known) if known.incarnation > node.incarnation => {
-                return Err(MetaRefusal::StaleIncarnation {
-                    node_id: node.node_id,
-                    known: known.incarnation,
-                });
-            }
-            Some(known) if **known == record => {
-                return Ok(MetaOutcome::NodeRegistered {
-                    node: known.clone(),
-                    changed: false,
-                });
-            }
-            None if self.nodes.len() >= NODES_MAX => {
-                return Err(MetaRefusal::TooMany {
-                    what: "nodes",
-                    max: NODES_MAX as u64,
-                });
-            }
-            Some(_) | None => {}
-        }
-        sink.put_meta(MetaKind::Node, &node.node_id.to_be_bytes(), &record.encode_to_vec());
-        let node = Arc::new(record);
-        self.nodes.insert(id, node.clone());
-        if let Some(cluster) = &self.cluster {
-            let mut cluster = pb::ClusterRecord::clone(cluster);
-            self.give_pool_to(sink, &mut cluster, id);
-            self.put_cluster(sink, cluster);
-        }
-        Ok(MetaOutcome::NodeRegistered { node, changed: true })
     }
 
     /// Writes the cluster's record with the next revision: the last step of every change.
@@ -308,11 +297,13 @@ impl MetaMachine {
         let id = id_of(&stream);
         sink.put_meta(MetaKind::Stream, &id.get().to_be_bytes(), &stream.encode_to_vec());
         let stream = Arc::new(stream);
-        if let Some(old) = self.streams.insert(id, stream.clone())
-            && is_live(&old)
-        {
-            self.unindex(&old);
+        if let Some(old) = self.streams.insert(id, stream.clone()) {
+            self.unindex_moves(&old);
+            if is_live(&old) {
+                self.unindex(&old);
+            }
         }
+        self.index_moves(&stream);
         if is_live(&stream) {
             self.index(&stream);
         }

@@ -1,11 +1,14 @@
 //! Which group holds a shard, and which nodes hold a group.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::{MetaMachine, MetaRefusal};
+use crate::machine::placement::{NodeShape, Nodes, Request, place, wanted_replicas};
 use crate::machine::port::ShardSink;
 use crate::model::{GroupId, NodeId};
-use crate::wire::internal::v1 as pb;
+use crate::wire::internal::v1::{self as pb, NodeState, ReplicaRole};
+use crate::wire::v1::StreamSpec;
 
 impl MetaMachine {
     /// Pool groups that have no replica yet get one on the first node there is.
@@ -22,33 +25,32 @@ impl MetaMachine {
         }
     }
 
-    /// Places `shards` new shards and counts them in their groups: each in the least loaded pooled group with so many
-    /// replicas, or each in a new group of its own. Changes `cluster` (which the caller writes) and groups.
+    /// Places the shards of a new stream and counts them in their groups: each in the least loaded pooled group with so
+    /// many replicas and the same placement, or each in a new group of its own. Changes `cluster` (which the caller
+    /// writes) and groups.
     pub(super) fn place_shards(
         &mut self,
         sink: &mut dyn ShardSink,
         cluster: &mut pb::ClusterRecord,
-        shards: u32,
-        replicas: u32,
-        dedicated: bool,
+        spec: &StreamSpec,
+        unreachable: &[u64],
     ) -> Result<Vec<pb::ShardPlacement>, MetaRefusal> {
-        let nodes = self.nodes.len() as u32;
-        if replicas > nodes {
-            return Err(MetaRefusal::NotEnoughNodes {
-                wanted: replicas,
-                nodes,
-            });
-        }
+        self.check_nodes(spec, unreachable)?;
+        let mut maker = Maker {
+            machine: self,
+            spec,
+            unreachable,
+            nodes: None,
+        };
         let mut chosen: BTreeMap<GroupId, pb::GroupRecord> = BTreeMap::new();
-        if !dedicated {
-            chosen = self.pool(cluster, replicas, shards);
+        if !spec.dedicated {
+            chosen = maker.pool(cluster);
         }
-        let mut load = self.node_load();
-        let mut placements = Vec::with_capacity(shards as usize);
-        for index in 0..shards {
-            let group_id = match dedicated {
+        let mut placements = Vec::with_capacity(spec.shards as usize);
+        for index in 0..spec.shards {
+            let group_id = match spec.dedicated {
                 true => {
-                    let group = new_group(cluster, &mut load, false, replicas);
+                    let group = maker.make(cluster, false);
                     let id = GroupId::new(group.group_id);
                     chosen.insert(id, group);
                     id
@@ -66,6 +68,7 @@ impl MetaMachine {
                 index,
                 shard_id: cluster.next_shard_id,
                 group_id: group_id.get(),
+                moving: None,
             });
             cluster.next_shard_id += 1;
         }
@@ -77,38 +80,22 @@ impl MetaMachine {
         Ok(placements)
     }
 
-    /// The pooled groups with so many replicas; more are made while there are fewer than the pool should have (as many
-    /// as there are with one replica) and than are needed.
-    fn pool(&self, cluster: &mut pb::ClusterRecord, replicas: u32, shards: u32) -> BTreeMap<GroupId, pb::GroupRecord> {
-        let with = |count: u32| {
-            self.groups
-                .iter()
-                .filter(move |(_, group)| group.pooled && group.replicas.len() as u32 == count)
+    /// Whether there are as many live nodes as a stream wants replicas.
+    pub(super) fn check_nodes(&self, spec: &StreamSpec, unreachable: &[u64]) -> Result<(), MetaRefusal> {
+        let live = |node: &&Arc<pb::NodeRecord>| !unreachable.contains(&node.node_id);
+        let allowed = |node: &&Arc<pb::NodeRecord>| {
+            node.state() == NodeState::Active && NodeShape::of(node).allowed_by(spec.placement.as_ref()).is_ok()
         };
-        let mut pool: BTreeMap<GroupId, pb::GroupRecord> = with(replicas)
-            .map(|(id, group)| (*id, pb::GroupRecord::clone(group)))
-            .collect();
-        let target = with(1).count().max(1);
-        let mut load = self.node_load();
-        let mut free = pool.values().filter(|group| group.shards == 0).count() as u32;
-        while pool.len() < target && free < shards {
-            let group = new_group(cluster, &mut load, true, replicas);
-            cluster.pool_groups.push(group.group_id);
-            pool.insert(GroupId::new(group.group_id), group);
-            free += 1;
+        let usable = self.present_nodes().filter(live).filter(allowed).count() as u32;
+        if spec.replicas > usable {
+            return Err(MetaRefusal::NotEnoughNodes {
+                wanted: spec.replicas,
+                nodes: self.present_nodes().count() as u32,
+                live: self.present_nodes().filter(live).count() as u32,
+                usable,
+            });
         }
-        pool
-    }
-
-    /// Replicas on each node.
-    fn node_load(&self) -> BTreeMap<NodeId, u32> {
-        let mut load: BTreeMap<NodeId, u32> = self.nodes.keys().map(|id| (*id, 0)).collect();
-        for replica in self.groups.values().flat_map(|group| &group.replicas) {
-            if let Some(count) = load.get_mut(&NodeId::new(replica.node_id)) {
-                *count += 1;
-            }
-        }
-        load
+        Ok(())
     }
 
     /// The shards of a stream that is forgotten no longer count; groups of its own go.
@@ -131,29 +118,99 @@ impl MetaMachine {
     }
 }
 
-fn new_group(
-    cluster: &mut pb::ClusterRecord,
-    load: &mut BTreeMap<NodeId, u32>,
-    pooled: bool,
-    replicas: u32,
-) -> pb::GroupRecord {
-    let mut nodes: Vec<(u32, NodeId)> = load.iter().map(|(id, count)| (*count, *id)).collect();
-    nodes.sort_unstable();
-    let nodes: Vec<NodeId> = nodes.into_iter().take(replicas as usize).map(|(_, id)| id).collect();
-    for node in &nodes {
-        *load.entry(*node).or_default() += 1;
+/// Makes groups for one stream.
+struct Maker<'a> {
+    machine: &'a MetaMachine,
+    spec: &'a StreamSpec,
+    unreachable: &'a [u64],
+    /// With what is on them, also by the groups made so far. Only counted when a group is to be made.
+    nodes: Option<Nodes>,
+}
+
+impl Maker<'_> {
+    /// The pooled groups that the stream may use; more are made while there are fewer than the pool should have (as many
+    /// as there are with one replica) and than are needed.
+    fn pool(&mut self, cluster: &mut pb::ClusterRecord) -> BTreeMap<GroupId, pb::GroupRecord> {
+        let alike = |group: &pb::GroupRecord| {
+            group.pooled && wanted_replicas(group) == self.spec.replicas && group.placement == self.spec.placement
+        };
+        let plain = |group: &pb::GroupRecord| group.pooled && wanted_replicas(group) == 1 && group.placement.is_none();
+        let groups = || self.machine.groups.values();
+        let target = groups().filter(|group| plain(group)).count().max(1);
+        let mut size = groups().filter(|group| alike(group)).count();
+        // One that has lost its quorum takes nothing new.
+        let mut pool: BTreeMap<GroupId, pb::GroupRecord> = groups()
+            .filter(|group| alike(group) && self.has_quorum(group))
+            .map(|group| (GroupId::new(group.group_id), pb::GroupRecord::clone(group)))
+            .collect();
+        let mut free = pool.values().filter(|group| group.shards == 0).count() as u32;
+        while pool.is_empty() || (size < target && free < self.spec.shards) {
+            let group = self.make(cluster, true);
+            cluster.pool_groups.push(group.group_id);
+            pool.insert(GroupId::new(group.group_id), group);
+            size += 1;
+            free += 1;
+        }
+        pool
     }
-    let group_id = cluster.next_group_id;
-    cluster.next_group_id += 1;
-    pb::GroupRecord {
-        group_id,
-        pooled,
-        replicas: new_replicas(cluster, &nodes),
-        shards: 0,
+
+    fn has_quorum(&self, group: &pb::GroupRecord) -> bool {
+        let voters = || group.replicas.iter().filter(|replica| replica.role() == ReplicaRole::Voter);
+        let live = voters().filter(|replica| {
+            let node = self.machine.nodes.get(&NodeId::new(replica.node_id));
+            !self.unreachable.contains(&replica.node_id) && node.is_some_and(|node| node.state() != NodeState::Removed)
+        });
+        live.count() > voters().count() / 2
+    }
+
+    /// A new group on the nodes that suit best.
+    fn make(&mut self, cluster: &mut pb::ClusterRecord, pooled: bool) -> pb::GroupRecord {
+        let nodes = self
+            .nodes
+            .get_or_insert_with(|| node_shapes(self.machine, self.unreachable));
+        let request = Request {
+            replicas: self.spec.replicas,
+            placement: self.spec.placement.as_ref(),
+            ..Request::default()
+        };
+        let chosen = place(nodes, &request).nodes;
+        for id in &chosen {
+            if let Some(node) = nodes.get_mut(id) {
+                node.replicas += 1;
+            }
+        }
+        let group_id = cluster.next_group_id;
+        cluster.next_group_id += 1;
+        pb::GroupRecord {
+            group_id,
+            pooled,
+            replicas: new_replicas(cluster, &chosen),
+            replica_count: self.spec.replicas,
+            placement: self.spec.placement.clone(),
+            ..pb::GroupRecord::default()
+        }
     }
 }
 
-fn new_replicas(cluster: &mut pb::ClusterRecord, nodes: &[NodeId]) -> Vec<pb::ReplicaRecord> {
+fn node_shapes(machine: &MetaMachine, unreachable: &[u64]) -> Nodes {
+    let mut nodes: Nodes = machine
+        .present_nodes()
+        .map(|record| {
+            let mut node = NodeShape::of(record);
+            node.live = !unreachable.contains(&record.node_id);
+            (node.id, node)
+        })
+        .collect();
+    for replica in machine.groups.values().flat_map(|group| &group.replicas) {
+        if let Some(node) = nodes.get_mut(&NodeId::new(replica.node_id)) {
+            node.replicas += 1;
+        }
+    }
+    nodes
+}
+
+/// New voters, one on each of these nodes.
+pub(super) fn new_replicas(cluster: &mut pb::ClusterRecord, nodes: &[NodeId]) -> Vec<pb::ReplicaRecord> {
     nodes
         .iter()
         .map(|node| {
@@ -162,6 +219,7 @@ fn new_replicas(cluster: &mut pb::ClusterRecord, nodes: &[NodeId]) -> Vec<pb::Re
             pb::ReplicaRecord {
                 replica_id,
                 node_id: node.get(),
+                ..pb::ReplicaRecord::default()
             }
         })
         .collect()

@@ -76,16 +76,12 @@ impl Requests {
     }
 
     pub fn remember(&mut self, sink: &mut dyn ShardSink, id: &str, time_us: u64, digest: u64, outcome: &MetaOutcome) {
-        let Some((code, stream)) = encode_outcome(outcome) else {
+        let Some(mut record) = encode_outcome(outcome) else {
             return;
         };
-        let record = pb::RequestRecord {
-            request_id: id.to_string(),
-            time_us,
-            digest,
-            outcome: code,
-            stream: Some(stream.clone()),
-        };
+        record.request_id = id.to_string();
+        record.time_us = time_us;
+        record.digest = digest;
         let bytes = record.encode_to_vec();
         sink.put_meta(MetaKind::Request, id.as_bytes(), &bytes);
         self.insert(record, bytes.len());
@@ -108,41 +104,93 @@ fn is_over(at_us: u64, now_us: u64) -> bool {
     at_us.saturating_add(REQUEST_MEMORY_US) <= now_us
 }
 
-/// Only what was done is remembered: what was refused may be tried again. Disk format.
-fn encode_outcome(outcome: &MetaOutcome) -> Option<(u32, &pb::StreamRecord)> {
-    match outcome {
-        MetaOutcome::StreamCreated(stream) => Some((1, stream)),
-        MetaOutcome::StreamExisted(stream) => Some((2, stream)),
-        MetaOutcome::StreamActivated(stream) => Some((3, stream)),
-        MetaOutcome::StreamUpdated(stream) => Some((4, stream)),
-        MetaOutcome::StreamRemoved(stream) => Some((5, stream)),
-        MetaOutcome::StreamUndeleted(stream) => Some((6, stream)),
-        MetaOutcome::StreamDoomed(stream) => Some((7, stream)),
-        MetaOutcome::StreamForgotten(stream) => Some((8, stream)),
-        MetaOutcome::ClusterInitialised { .. } | MetaOutcome::NodeRegistered { .. } | MetaOutcome::Refused(_) => None,
-    }
+/// Only what was done is remembered: what was refused may be tried again. Joins and ends of moves are not: incarnations
+/// and move ids tell a repetition. Disk format.
+fn encode_outcome(outcome: &MetaOutcome) -> Option<pb::RequestRecord> {
+    let mut record = pb::RequestRecord::default();
+    let (code, stream) = match outcome {
+        MetaOutcome::StreamCreated(stream) => (1, stream),
+        MetaOutcome::StreamExisted(stream) => (2, stream),
+        MetaOutcome::StreamActivated(stream) => (3, stream),
+        MetaOutcome::StreamUpdated(stream) => (4, stream),
+        MetaOutcome::StreamRemoved(stream) => (5, stream),
+        MetaOutcome::StreamUndeleted(stream) => (6, stream),
+        MetaOutcome::StreamDoomed(stream) => (7, stream),
+        MetaOutcome::StreamForgotten(stream) => (8, stream),
+        MetaOutcome::ShardMoving(stream) => (12, stream),
+        MetaOutcome::NodeChanged(node) => {
+            record.outcome = 9;
+            record.node = Some(pb::NodeRecord::clone(node));
+            return Some(record);
+        }
+        MetaOutcome::ClusterChanged(cluster) => {
+            record.outcome = 10;
+            record.cluster = Some(pb::ClusterRecord::clone(cluster));
+            return Some(record);
+        }
+        MetaOutcome::GroupChanged(group) => {
+            record.outcome = 11;
+            record.group = Some(pb::GroupRecord::clone(group));
+            return Some(record);
+        }
+        MetaOutcome::ShardMoved { .. }
+        | MetaOutcome::ClusterInitialised { .. }
+        | MetaOutcome::NodeRegistered { .. }
+        | MetaOutcome::Refused(_) => return None,
+    };
+    record.outcome = code;
+    record.stream = Some(pb::StreamRecord::clone(stream));
+    Some(record)
 }
 
 fn decode_outcome(record: &pb::RequestRecord) -> Option<MetaOutcome> {
-    let stream = Arc::new(record.stream.clone()?);
-    match record.outcome {
-        1 => Some(MetaOutcome::StreamCreated(stream)),
-        2 => Some(MetaOutcome::StreamExisted(stream)),
-        3 => Some(MetaOutcome::StreamActivated(stream)),
-        4 => Some(MetaOutcome::StreamUpdated(stream)),
-        5 => Some(MetaOutcome::StreamRemoved(stream)),
-        6 => Some(MetaOutcome::StreamUndeleted(stream)),
-        7 => Some(MetaOutcome::StreamDoomed(stream)),
-        8 => Some(MetaOutcome::StreamForgotten(stream)),
-        _ => None,
-    }
+    let stream = || Some(Arc::new(record.stream.clone()?));
+    Some(match record.outcome {
+        1 => MetaOutcome::StreamCreated(stream()?),
+        2 => MetaOutcome::StreamExisted(stream()?),
+        3 => MetaOutcome::StreamActivated(stream()?),
+        4 => MetaOutcome::StreamUpdated(stream()?),
+        5 => MetaOutcome::StreamRemoved(stream()?),
+        6 => MetaOutcome::StreamUndeleted(stream()?),
+        7 => MetaOutcome::StreamDoomed(stream()?),
+        8 => MetaOutcome::StreamForgotten(stream()?),
+        9 => MetaOutcome::NodeChanged(Arc::new(record.node.clone()?)),
+        10 => MetaOutcome::ClusterChanged(Arc::new(record.cluster.clone()?)),
+        11 => MetaOutcome::GroupChanged(Arc::new(record.group.clone()?)),
+        12 => MetaOutcome::ShardMoving(stream()?),
+        _ => return None,
+    })
 }
 
 /// What tells whether a repeated id is the same request: its kind and its name, and for a new stream all of its spec.
 /// What the proposer chooses anew for each attempt is not part of it.
 pub(super) fn digest(op: &pb::meta_command::Op) -> u64 {
     use pb::meta_command::Op;
+    let node = |id: u64| format!("n{id}");
     let (kind, namespace, name, spec) = match op {
+        // What is unreachable now is no part of what is asked.
+        Op::JoinNode(join) => return digest_of(11, &node(join.node_id)),
+        Op::DrainNode(drain) => return digest_of(12, &node(drain.node_id)),
+        Op::UndrainNode(undrain) => return digest_of(13, &node(undrain.node_id)),
+        Op::RemoveNode(remove) => return digest_of(14, &node(remove.node_id)),
+        Op::SetClusterVersion(_)
+        | Op::UpdateSettings(_)
+        | Op::SetMetaVoters(_)
+        | Op::RenewMetaReplica(_)
+        | Op::GroupFormed(_)
+        | Op::PlanReplicaChange(_)
+        | Op::ReplicaCaughtUp(_)
+        | Op::ChangeCommitted(_)
+        | Op::AbortChange(_)
+        | Op::ReplicaGone(_)
+        | Op::PlanShardMove(_)
+        | Op::ShardSealed(_)
+        | Op::ShardAdopted(_)
+        | Op::ShardMoveDone(_) => {
+            let mut bytes = Vec::new();
+            op.encode(&mut bytes);
+            return xxhash_rust::xxh3::xxh3_64(&bytes);
+        }
         Op::InitCluster(init) => (3, "", init.cluster_id.as_str(), None),
         Op::RegisterNode(node) => (4, "", node.name.as_str(), None),
         Op::CreateStream(create) => (5, "", "", create.spec.as_ref()),
@@ -159,6 +207,12 @@ pub(super) fn digest(op: &pb::meta_command::Op) -> u64 {
     if let Some(spec) = spec {
         bytes.extend_from_slice(&spec.encode_to_vec());
     }
+    xxhash_rust::xxh3::xxh3_64(&bytes)
+}
+
+fn digest_of(kind: u8, name: &str) -> u64 {
+    let mut bytes = vec![kind, 0];
+    bytes.extend_from_slice(name.as_bytes());
     xxhash_rust::xxh3::xxh3_64(&bytes)
 }
 

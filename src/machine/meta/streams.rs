@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::{MetaMachine, MetaOutcome, MetaRefusal, filters_of, id_of, is_live, spec_of};
+use crate::machine::placement::wanted_replicas;
 use crate::machine::port::{MetaKind, ShardSink};
 use crate::model::limits::STREAMS_MAX;
-use crate::model::{Revision, ShardMap, StreamId};
+use crate::model::{GroupId, Revision, ShardMap, StreamId};
 use crate::wire::internal::v1 as pb;
 use crate::wire::spec;
 use crate::wire::v1::{StreamSpec, StreamState};
@@ -46,7 +47,7 @@ impl MetaMachine {
         if spec.replicas == 0 {
             return Err(bad("it has no replicas"));
         }
-        let shards = self.place_shards(sink, &mut cluster, spec.shards, spec.replicas, spec.dedicated)?;
+        let shards = self.place_shards(sink, &mut cluster, spec, &create.unreachable_nodes)?;
         let stream = self.put_stream(
             sink,
             pb::StreamRecord {
@@ -106,6 +107,15 @@ impl MetaMachine {
             return Ok(MetaOutcome::StreamUpdated(stream));
         }
         self.check_overlap(new, Some(id_of(&stream)))?;
+        if new.replicas == 0 {
+            return Err(MetaRefusal::BadSpec {
+                why: "it has no replicas".into(),
+            });
+        }
+        if new.replicas > old.replicas || new.placement != old.placement {
+            self.check_nodes(new, &update.unreachable_nodes)?;
+        }
+        self.retarget_groups(sink, &stream, new);
         let stream = self.put_stream(
             sink,
             pb::StreamRecord {
@@ -116,6 +126,26 @@ impl MetaMachine {
         );
         self.raise_revision(sink);
         Ok(MetaOutcome::StreamUpdated(stream))
+    }
+
+    /// The stream's own groups shall have what it wants now. Its shards in pooled groups are split out by the planner.
+    fn retarget_groups(&mut self, sink: &mut dyn ShardSink, stream: &pb::StreamRecord, spec: &StreamSpec) {
+        for place in &stream.shards {
+            let group_id = place.moving.as_ref().map_or(place.group_id, |moving| moving.to_group);
+            let Some(group) = self.groups.get(&GroupId::new(group_id)) else {
+                continue;
+            };
+            let differs = wanted_replicas(group) != spec.replicas || group.placement != spec.placement;
+            if group.pooled || !differs {
+                continue;
+            }
+            let group = pb::GroupRecord {
+                replica_count: spec.replicas,
+                placement: spec.placement.clone(),
+                ..pb::GroupRecord::clone(group)
+            };
+            self.put_group(sink, group);
+        }
     }
 
     pub(super) fn remove_stream(
@@ -233,6 +263,11 @@ impl MetaMachine {
             );
             self.raise_revision(sink);
             return Ok(MetaOutcome::StreamDoomed(stream));
+        }
+        if let Some(shard) = self.moving_shard(&stream) {
+            return Err(MetaRefusal::InFlight {
+                what: format!("shard {shard} is on its way to another group"),
+            });
         }
         let id = id_of(&stream);
         self.streams.remove(&id);

@@ -10,7 +10,7 @@ use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
 
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
 use crate::machine::LoadError;
 use crate::model::{Sequence, TimeUs};
@@ -162,6 +162,18 @@ impl IdWindow {
     /// How many ids are remembered.
     pub fn len(&self) -> usize {
         self.known.len() + self.collided.len()
+    }
+
+    /// Adds each id that is remembered.
+    pub fn digest(&self, hash: &mut Xxh3) {
+        for block in &self.blocks {
+            hash.update(&block.at.get().to_le_bytes());
+            hash.update(&block.time.get().to_le_bytes());
+            hash.update(block.text.as_bytes());
+            for entry in &block.entries {
+                hash.update(&entry.sequence.get().to_le_bytes());
+            }
+        }
     }
 
     fn block(&self, place: Place) -> &Block {

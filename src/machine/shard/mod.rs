@@ -4,6 +4,7 @@
 //! the one that wrote them. What is only a cache says so.
 
 mod ids;
+mod moving;
 mod producers;
 mod publish;
 mod purge;
@@ -21,6 +22,8 @@ use crate::model::limits::MESSAGE_BYTES_MAX;
 use crate::model::{Epoch, GroupId, Revision, Sequence, ShardId, StoredBatch, StreamId, TimeUs};
 use crate::wire::internal::v1 as pb;
 use crate::wire::v1::DiscardPolicy;
+
+pub use moving::AdoptFault;
 
 use ids::IdWindow;
 use producers::Producers;
@@ -81,6 +84,10 @@ pub struct ShardMachine {
     clock: TimeUs,
     ids: IdWindow,
     producers: Producers,
+    /// Where it went: the machine must be left as it is.
+    seal: Option<pb::ShardSeal>,
+    /// Where it came from.
+    origin: Option<pb::ShardOrigin>,
     /// Cache: the batch that holds the floor.
     head: Option<Head>,
     /// What the apply at hand has written: a view need not show it yet. Empty between applies.
@@ -113,6 +120,8 @@ impl ShardMachine {
             clock: TimeUs::new(0),
             ids: IdWindow::default(),
             producers: Producers::default(),
+            seal: None,
+            origin: None,
             head: None,
             written: Written::default(),
         };
@@ -154,6 +163,8 @@ impl ShardMachine {
             clock,
             ids: IdWindow::load(id_blocks, clock, config.duplicate_window_us)?,
             producers: Producers::load(producers)?,
+            seal: record.seal,
+            origin: record.origin,
             head: None,
             written: Written::default(),
             config,
@@ -238,6 +249,9 @@ impl ShardMachine {
     /// When an expiry would next do something worth an entry; `None`: never, as things are. Propose `Expire` with the
     /// leader's time when that has come; after each entry this may have changed.
     pub fn next_expiry(&self) -> Option<TimeUs> {
+        if self.seal.is_some() {
+            return None;
+        }
         let slack =
             |time: TimeUs, after_us: u64| time.plus_us(after_us).plus_us((after_us / 16).min(EXPIRY_SLACK_MAX_US));
         let age = match (self.first_time, self.bounds.max_age_us) {
@@ -358,8 +372,11 @@ impl ShardMachine {
     fn write(&mut self, sink: &mut dyn ShardSink) {
         self.written.batches.clear();
         self.written.holes.clear();
+        sink.put_shard(self.shard, self.group, &self.record().encode_to_vec());
+    }
 
-        let record = pb::ShardRecord {
+    fn record(&self) -> pb::ShardRecord {
+        pb::ShardRecord {
             config: Some(self.config.clone()),
             revision: self.revision.get(),
             floor: self.floor.get(),
@@ -369,7 +386,8 @@ impl ShardMachine {
             last_time_us: self.last_time.get(),
             clock_us: self.clock.get(),
             first_time_us: self.first_time.map(TimeUs::get),
-        };
-        sink.put_shard(self.shard, self.group, &record.encode_to_vec());
+            seal: self.seal.clone(),
+            origin: self.origin.clone(),
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use prost::Message;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::machine::LoadError;
 use crate::machine::outcome::Refusal;
@@ -216,6 +217,16 @@ impl Producers {
             count += 1;
         }
         count
+    }
+
+    /// Adds what is remembered of each.
+    pub fn digest(&self, hash: &mut Xxh3) {
+        for (time, id) in &self.by_time {
+            let (epoch, sequence) = self.get(*id).unwrap_or_default();
+            for number in [time.get(), *id, epoch, sequence] {
+                hash.update(&number.to_le_bytes());
+            }
+        }
     }
 
     /// When the one that is idle longest was last heard of.

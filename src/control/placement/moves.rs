@@ -1,0 +1,125 @@
+//! Shards from group to group: the next step of each that is on its way, and those that must be split out of a pooled
+//! group because their stream wants other replicas.
+
+use super::{Planner, Step};
+use crate::machine::placement::MoveShape;
+use crate::model::{GroupId, LogIndex};
+use crate::wire::internal::v1::{ChangeReason, MoveStep};
+
+/// Shards on their way at a time: each keeps two groups from changing.
+const MOVES_MAX: usize = 8;
+
+impl Planner<'_> {
+    pub(super) fn plan_moves(&mut self) {
+        let view = self.view;
+        for moving in &view.moves {
+            let why = match moving.record.reason() {
+                ChangeReason::Scale => "its stream wants other replicas than its group has".to_string(),
+                reason => format!("on its way from {} to {} ({})", moving.from, moving.to, reason.as_str_name()),
+            };
+            let (step, blocked) = self.next_step(moving);
+            match blocked {
+                Some(blocked) => self.blocked(step, why, blocked),
+                None => self.act(step, why),
+            }
+        }
+    }
+
+    fn next_step(&self, moving: &MoveShape) -> (Step, Option<String>) {
+        let (stream, shard, move_id) = (moving.stream, moving.shard, moving.record.move_id);
+        let (from, to) = (moving.from, moving.to);
+        match (moving.step(), &moving.record.seal) {
+            (MoveStep::Sealed, Some(seal)) => {
+                let step = Step::AdoptShard {
+                    stream,
+                    shard,
+                    move_id,
+                    from,
+                    to,
+                    seal: seal.clone(),
+                };
+                (step, self.no_leader(to))
+            }
+            (MoveStep::Adopted, _) => {
+                let step = Step::FinishMove { stream, shard, move_id };
+                (step, self.reaches_back(from).or_else(|| self.reaches_back(to)))
+            }
+            (MoveStep::Planned | MoveStep::Sealed | MoveStep::Unspecified, _) => {
+                let step = Step::SealShard {
+                    stream,
+                    shard,
+                    move_id,
+                    from,
+                    to,
+                };
+                // The shard takes nothing between the seal and the adoption: the heir must be ready.
+                let formed = self.view.groups.get(&to).is_some_and(|group| group.formed);
+                let blocked = (!formed).then(|| format!("{to} is not formed yet"));
+                let blocked = blocked.or_else(|| self.no_leader(to)).or_else(|| self.no_leader(from));
+                (step, blocked)
+            }
+        }
+    }
+
+    fn no_leader(&self, group: GroupId) -> Option<String> {
+        let led = self.reports.groups.contains_key(&group);
+        (!led).then(|| format!("{group} has no leader"))
+    }
+
+    /// A live replica of the group whose log still holds the seal or the adoption.
+    fn reaches_back(&self, group: GroupId) -> Option<String> {
+        let group = self.view.groups.get(&group)?;
+        let floor = LogIndex::new(group.log_floor);
+        let late = group.replicas.iter().find(|replica| {
+            let report = self.reports.nodes.get(&replica.node);
+            let purged = report.and_then(|report| report.purged.get(&group.id));
+            self.is_live(replica.node) && purged.is_none_or(|purged| *purged < floor)
+        })?;
+        Some(format!(
+            "the log of {} on {} is to be purged up to {floor}",
+            group.id,
+            self.name(late.node)
+        ))
+    }
+
+    pub(super) fn plan_splits(&mut self) {
+        let view = self.view;
+        let mut under_way = view.moves.len();
+        for split in &view.splits {
+            let Some(group) = view.groups.get(&split.group) else { continue };
+            let step = Step::SplitShard {
+                stream: split.stream,
+                shard: split.shard,
+                from: split.group,
+            };
+            let why = format!(
+                "stream {} wants {} replicas ({}), its pooled group has {} ({})",
+                split.name,
+                split.wanted,
+                crate::wire::spec::placement_text(split.placement.as_ref()),
+                group.wanted,
+                crate::wire::spec::placement_text(group.placement.as_ref()),
+            );
+            let changing = group.change.is_some()
+                || self.actions.iter().any(|action| {
+                    matches!(action.step, Step::ChangeReplicas { .. }) && action.step.group() == Some(group.id)
+                });
+            let blocked = if changing {
+                Some(format!("{} has a change of its replicas under way", group.id))
+            } else if under_way >= MOVES_MAX {
+                Some(format!("{under_way} shards are on their way already"))
+            } else {
+                self.standing(group).obstacle()
+            };
+            self.restless = true;
+            match blocked {
+                Some(blocked) => self.blocked(step, why, blocked),
+                None => {
+                    under_way += 1;
+                    self.busy.insert(group.id);
+                    self.act(step, why);
+                }
+            }
+        }
+    }
+}

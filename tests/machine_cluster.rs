@@ -1,0 +1,658 @@
+//! The catalog of a cluster of several nodes: who may join, leave and come back, one change of a group at a time, a shard
+//! from group to group; and that what one node alone wrote is still read.
+#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
+
+mod machine_support;
+
+use machine_support::Store;
+use mainstem::machine::port::MetaKind;
+use mainstem::machine::{MetaMachine, MetaOutcome, MetaRefusal};
+use mainstem::model::{GroupId, NodeId, StreamId};
+use mainstem::wire::internal::v1::{self as pb, MoveStep, NodeState, ReplicaRole, meta_command::Op};
+use mainstem::wire::spec::normalise;
+use mainstem::wire::v1::StreamSpec;
+
+struct Catalog {
+    machine: MetaMachine,
+    store: Store,
+    time_us: u64,
+}
+
+impl Catalog {
+    /// So many nodes.
+    fn new(nodes: u64) -> Self {
+        let mut catalog = Self {
+            machine: MetaMachine::new(),
+            store: Store::new(false),
+            time_us: 1_000,
+        };
+        catalog.done(Op::InitCluster(pb::InitCluster {
+            cluster_id: "c".into(),
+            cluster_name: "test".into(),
+            pool_groups: 2,
+        }));
+        for id in 1..=nodes {
+            catalog.done(Op::JoinNode(node(id)));
+        }
+        catalog
+    }
+
+    /// Applies to the machine, and to one loaded from what was written before.
+    fn apply(&mut self, op: Op) -> MetaOutcome {
+        self.request("", op)
+    }
+
+    fn request(&mut self, request_id: &str, op: Op) -> MetaOutcome {
+        self.time_us += 1;
+        let command = pb::MetaCommand {
+            time_us: self.time_us,
+            request_id: request_id.into(),
+            op: Some(op),
+        };
+        let copy = Store::new(false);
+        copy.0.borrow_mut().meta = self.store.0.borrow().meta.clone();
+        let again = load(&self.store).apply(&mut copy.clone(), &command).unwrap();
+        let revision = self.machine.revision();
+        let outcome = self.machine.apply(&mut self.store, &command).unwrap();
+        assert_eq!(outcome, again);
+        assert_eq!(copy.0.borrow().meta, self.store.0.borrow().meta);
+        if matches!(outcome, MetaOutcome::Refused(_)) {
+            assert_eq!(self.machine.revision(), revision, "what is refused changes nothing");
+        }
+        outcome
+    }
+
+    fn done(&mut self, op: Op) -> MetaOutcome {
+        let text = format!("{op:?}");
+        let outcome = self.apply(op);
+        assert!(!matches!(outcome, MetaOutcome::Refused(_)), "{text}: {outcome:?}");
+        outcome
+    }
+
+    fn refused(&mut self, op: Op) -> MetaRefusal {
+        match self.apply(op) {
+            MetaOutcome::Refused(refusal) => refusal,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn node(&self, id: u64) -> pb::NodeRecord {
+        pb::NodeRecord::clone(self.machine.node(NodeId::new(id)).unwrap())
+    }
+
+    fn group(&self, id: u64) -> pb::GroupRecord {
+        pb::GroupRecord::clone(self.machine.group(GroupId::new(id)).unwrap())
+    }
+
+    /// A stream with one group of its own, formed.
+    fn stream(&mut self, name: &str, replicas: u32, dedicated: bool) -> (String, u64, u64) {
+        let id = self.time_us as u128;
+        let spec = normalise(&StreamSpec {
+            name: name.into(),
+            replicas,
+            dedicated,
+            ..StreamSpec::default()
+        });
+        let created = self.done(Op::CreateStream(pb::CreateStream {
+            stream_id: StreamId::new(id).to_string(),
+            spec: Some(spec.unwrap()),
+            unreachable_nodes: vec![],
+        }));
+        let MetaOutcome::StreamCreated(stream) = created else {
+            panic!("{created:?}");
+        };
+        let stream_id = stream.stream_id.clone();
+        self.done(Op::ActivateStream(pb::ActivateStream {
+            stream_id: stream_id.clone(),
+        }));
+        let (group, shard) = (stream.shards[0].group_id, stream.shards[0].shard_id);
+        if !self.group(group).formed {
+            self.form(group);
+        }
+        (stream_id, shard, group)
+    }
+
+    fn form(&mut self, group: u64) {
+        let voters = voters(&self.group(group));
+        self.done(Op::GroupFormed(pb::GroupFormed {
+            group_id: group,
+            membership: membership(&voters, 1),
+        }));
+    }
+}
+
+fn load(store: &Store) -> MetaMachine {
+    let state = store.0.borrow();
+    let records = state.meta.iter().map(|((kind, key), record)| (*kind, key.as_slice(), record.as_slice()));
+    MetaMachine::load(records).unwrap()
+}
+
+fn node(id: u64) -> pb::JoinNode {
+    pb::JoinNode {
+        node_id: id,
+        name: format!("node-{id}"),
+        store_id: format!("store-{id}"),
+        incarnation: 1,
+        peer_address: format!("10.0.0.{id}:7422"),
+        client_address: format!("10.0.0.{id}:7421"),
+        zone: "a".into(),
+        ..pb::JoinNode::default()
+    }
+}
+
+fn voters(group: &pb::GroupRecord) -> Vec<u64> {
+    let voters = group.replicas.iter().filter(|replica| replica.role() == ReplicaRole::Voter);
+    voters.map(|replica| replica.replica_id).collect()
+}
+
+fn membership(voters: &[u64], index: u64) -> Option<pb::GroupMembership> {
+    Some(pb::GroupMembership {
+        voters: voters.to_vec(),
+        learners: vec![],
+        index,
+    })
+}
+
+fn change(group: &pb::GroupRecord, add: &[u64], remove: &[u64]) -> Op {
+    Op::PlanReplicaChange(pb::PlanReplicaChange {
+        group_id: group.group_id,
+        base_epoch: group.epoch,
+        add_nodes: add.to_vec(),
+        remove_replicas: remove.to_vec(),
+        ..pb::PlanReplicaChange::default()
+    })
+}
+
+#[test]
+fn a_node_comes_and_comes_back() {
+    let mut catalog = Catalog::new(3);
+    let ids: Vec<u64> = (1..=3).map(|id| catalog.node(id).meta_replica_id).collect();
+    assert_eq!(ids[0], 1, "the founder's replica");
+    let meta = catalog.machine.cluster().unwrap().meta.clone().unwrap();
+    assert_eq!((meta.voters, meta.learners), (vec![ids[0]], ids[1..].to_vec()));
+    // A restart.
+    let restarted = catalog.done(Op::JoinNode(pb::JoinNode {
+        incarnation: 2,
+        client_address: "10.0.0.9:1".into(),
+        ..node(2)
+    }));
+    let MetaOutcome::NodeRegistered { node: record, changed } = restarted else {
+        panic!("{restarted:?}");
+    };
+    assert!(changed && record.restarted_us > record.registered_us);
+    assert_eq!((record.meta_replica_id, record.client_address.as_str()), (ids[1], "10.0.0.9:1"));
+    // Refused, each with what is wrong.
+    assert_eq!(
+        catalog.refused(Op::JoinNode(node(2))),
+        MetaRefusal::StaleIncarnation { node_id: 2, known: 2 }
+    );
+    let emptied = pb::JoinNode {
+        store_id: "other".into(),
+        incarnation: 3,
+        ..node(2)
+    };
+    let refusal = catalog.refused(Op::JoinNode(emptied));
+    assert!(matches!(refusal, MetaRefusal::OtherStore { node_id: 2, .. }));
+    assert!(refusal.to_string().contains("store-2") && refusal.to_string().contains("other"));
+    let copied = pb::JoinNode {
+        store_id: "store-2".into(),
+        ..node(4)
+    };
+    assert!(matches!(
+        catalog.refused(Op::JoinNode(copied)),
+        MetaRefusal::StoreTaken { node_id: 2, .. }
+    ));
+    let named = pb::JoinNode {
+        name: "node-2".into(),
+        ..node(4)
+    };
+    assert!(matches!(
+        catalog.refused(Op::JoinNode(named)),
+        MetaRefusal::NodeNameTaken { node_id: 2, .. }
+    ));
+    let zone = pb::JoinNode {
+        zone: "a b".into(),
+        ..node(4)
+    };
+    assert!(matches!(catalog.refused(Op::JoinNode(zone)), MetaRefusal::BadNode { .. }));
+    // A version that tells nothing of itself changes nothing that is known.
+    catalog.done(Op::RegisterNode(pb::RegisterNode {
+        node_id: 2,
+        name: "node-2".into(),
+        incarnation: 3,
+        client_address: "x:1".into(),
+    }));
+    assert_eq!(catalog.node(2).store_id, "store-2");
+    assert_eq!(catalog.node(2).peer_address, "10.0.0.2:7422");
+}
+
+#[test]
+fn a_node_goes_for_good() {
+    let mut catalog = Catalog::new(4);
+    let (_, _, group) = catalog.stream("s", 3, true);
+    let holder = catalog.group(group).replicas[0].node_id;
+    let remove = |node_id| pb::RemoveNode {
+        node_id,
+        ..pb::RemoveNode::default()
+    };
+    let held = catalog.refused(Op::RemoveNode(remove(holder)));
+    assert!(matches!(held, MetaRefusal::NodeHoldsReplicas { .. }), "{held}");
+    // By force, so long as the groups have a quorum without it.
+    let others: Vec<u64> = catalog.group(group).replicas[1..].iter().map(|r| r.node_id).collect();
+    let forced = |unreachable: &[u64], accept_loss| {
+        Op::RemoveNode(pb::RemoveNode {
+            node_id: holder,
+            force: true,
+            accept_loss,
+            unreachable_nodes: unreachable.to_vec(),
+        })
+    };
+    let voters: Vec<u64> = (1..=4).map(|id| catalog.node(id).meta_replica_id).filter(|id| *id != 0).collect();
+    let epoch = catalog.machine.cluster().unwrap().meta.as_ref().unwrap().epoch;
+    catalog.done(Op::SetMetaVoters(pb::SetMetaVoters {
+        base_epoch: epoch,
+        voters: voters[..3].to_vec(),
+    }));
+    let broken = catalog.refused(forced(&others[..1], false));
+    assert!(matches!(broken, MetaRefusal::WouldBreakQuorum { .. }), "{broken}");
+    catalog.done(forced(&[], false));
+    assert_eq!(catalog.node(holder).state(), NodeState::Removed);
+    assert_eq!(catalog.group(group).replicas.len(), 3, "the planner replaces it");
+    let back = pb::JoinNode {
+        incarnation: 9,
+        ..node(holder)
+    };
+    assert!(matches!(
+        catalog.refused(Op::JoinNode(back)),
+        MetaRefusal::NodeRemoved { .. }
+    ));
+    // Its name is free again, its id is not.
+    catalog.done(Op::JoinNode(pb::JoinNode {
+        name: format!("node-{holder}"),
+        ..node(9)
+    }));
+    assert!(matches!(
+        catalog.refused(Op::DrainNode(pb::DrainNode { node_id: holder })),
+        MetaRefusal::NodeRemoved { .. }
+    ));
+    // Once more is no error.
+    catalog.done(Op::RemoveNode(remove(holder)));
+}
+
+#[test]
+fn the_meta_group_keeps_its_quorum() {
+    let mut catalog = Catalog::new(3);
+    let replica = |catalog: &Catalog, id: u64| catalog.node(id).meta_replica_id;
+    let all: Vec<u64> = (1..=3).map(|id| replica(&catalog, id)).collect();
+    let set = |epoch, voters: &[u64]| {
+        Op::SetMetaVoters(pb::SetMetaVoters {
+            base_epoch: epoch,
+            voters: voters.to_vec(),
+        })
+    };
+    let epoch = |catalog: &Catalog| catalog.machine.cluster().unwrap().meta.as_ref().unwrap().epoch;
+    let now = epoch(&catalog);
+    catalog.done(set(now, &all));
+    assert!(matches!(catalog.refused(set(now, &all[..1])), MetaRefusal::StaleEpoch { .. }));
+    let now = epoch(&catalog);
+    assert!(matches!(catalog.refused(set(now, &[])), MetaRefusal::BadChange { .. }));
+    assert!(matches!(catalog.refused(set(now, &[99])), MetaRefusal::BadChange { .. }));
+    // Two of three are down: none of the others may go.
+    let remove = |node_id, unreachable: &[u64]| {
+        Op::RemoveNode(pb::RemoveNode {
+            node_id,
+            force: true,
+            accept_loss: true,
+            unreachable_nodes: unreachable.to_vec(),
+        })
+    };
+    let refusal = catalog.refused(remove(2, &[3]));
+    assert_eq!(
+        refusal,
+        MetaRefusal::WouldBreakQuorum {
+            what: "the meta group".into(),
+            live: 1,
+            needed: 2
+        }
+    );
+    catalog.done(remove(3, &[3]));
+    assert_eq!(catalog.machine.cluster().unwrap().meta.clone().unwrap().voters, all[..2]);
+    // A damaged replica gets a successor with another id, which learns first.
+    let renewed = catalog.done(Op::RenewMetaReplica(pb::RenewMetaReplica {
+        node_id: 2,
+        replica_id: all[1],
+    }));
+    let MetaOutcome::NodeChanged(node) = renewed else { panic!("{renewed:?}") };
+    assert!(node.meta_replica_id > *all.iter().max().unwrap());
+    let meta = catalog.machine.cluster().unwrap().meta.clone().unwrap();
+    assert_eq!((meta.voters, meta.learners), (vec![all[0]], vec![node.meta_replica_id]));
+    catalog.done(remove(2, &[]));
+    let last = catalog.refused(remove(1, &[]));
+    assert!(matches!(last, MetaRefusal::WouldBreakQuorum { .. }), "{last}");
+}
+
+#[test]
+fn the_cluster_version_only_rises_when_all_know_it() {
+    let mut catalog = Catalog::new(2);
+    let set = |version| Op::SetClusterVersion(pb::SetClusterVersion { version });
+    let refusal = catalog.refused(set(2));
+    assert!(refusal.to_string().contains("node-1, node-2"), "{refusal}");
+    for id in [1, 2] {
+        catalog.done(Op::JoinNode(pb::JoinNode {
+            incarnation: 2,
+            cluster_version_max: 3,
+            ..node(id)
+        }));
+    }
+    catalog.done(set(2));
+    assert_eq!(catalog.machine.cluster_version(), 2);
+    assert_eq!(catalog.refused(set(1)), MetaRefusal::VersionDown { asked: 1, now: 2 });
+    assert!(matches!(catalog.refused(set(4)), MetaRefusal::VersionNotKnown { .. }));
+    assert!(matches!(catalog.refused(Op::JoinNode(node(3))), MetaRefusal::NodeTooOld { .. }));
+    for (update, ok) in [
+        (pb::UpdateSettings { meta_voters_max: Some(4), ..Default::default() }, false),
+        (pb::UpdateSettings { meta_voters_max: Some(7), ..Default::default() }, false),
+        (pb::UpdateSettings { replace_after_us: Some(1), ..Default::default() }, false),
+        (pb::UpdateSettings { moves_per_node_max: Some(0), ..Default::default() }, false),
+        (pb::UpdateSettings { meta_voters_max: Some(3), ..Default::default() }, true),
+    ] {
+        let outcome = catalog.apply(Op::UpdateSettings(update));
+        assert_eq!(matches!(outcome, MetaOutcome::ClusterChanged(_)), ok, "{outcome:?}");
+    }
+    assert_eq!(catalog.machine.shape().settings.meta_voters_max, 3);
+}
+
+#[test]
+fn one_change_at_a_time_and_no_late_report() {
+    let mut catalog = Catalog::new(4);
+    let (_, _, id) = catalog.stream("s", 3, true);
+    let before = catalog.group(id);
+    let free = (1..=4).find(|node| before.replicas.iter().all(|r| r.node_id != *node)).unwrap();
+    let old = before.replicas[0].clone();
+    // Refused: a holder, an unknown one, from another epoch.
+    assert!(matches!(catalog.refused(change(&before, &[old.node_id], &[])), MetaRefusal::BadChange { .. }));
+    assert!(matches!(catalog.refused(change(&before, &[77], &[])), MetaRefusal::NodeNotFound { .. }));
+    let other = pb::GroupRecord {
+        epoch: before.epoch + 1,
+        ..before.clone()
+    };
+    assert!(matches!(catalog.refused(change(&other, &[free], &[])), MetaRefusal::StaleEpoch { .. }));
+    catalog.done(change(&before, &[free], &[old.replica_id]));
+    let planned = catalog.group(id);
+    let added = planned.replicas.last().unwrap().clone();
+    assert_eq!((added.role(), planned.epoch), (ReplicaRole::Learner, before.epoch + 1));
+    assert!(matches!(catalog.refused(change(&planned, &[], &[old.replica_id])), MetaRefusal::InFlight { .. }));
+    let mut after: Vec<u64> = voters(&before)[1..].to_vec();
+    after.push(added.replica_id);
+    let committed = |epoch, voters: &[u64], index| {
+        Op::ChangeCommitted(pb::ChangeCommitted {
+            group_id: id,
+            epoch,
+            membership: membership(voters, index),
+        })
+    };
+    assert!(matches!(catalog.refused(committed(planned.epoch, &after, 9)), MetaRefusal::BadChange { .. }));
+    let caught_up = |epoch| {
+        Op::ReplicaCaughtUp(pb::ReplicaCaughtUp {
+            group_id: id,
+            epoch,
+            replica_id: added.replica_id,
+        })
+    };
+    assert!(matches!(catalog.refused(caught_up(before.epoch)), MetaRefusal::StaleEpoch { .. }));
+    catalog.done(caught_up(planned.epoch));
+    assert!(catalog.group(id).change.unwrap().ready);
+    // From here on only the leader can tell that it did not happen.
+    let abort = |epoch, membership| {
+        Op::AbortChange(pb::AbortChange {
+            group_id: id,
+            epoch,
+            membership,
+            why: String::new(),
+        })
+    };
+    assert!(matches!(catalog.refused(abort(planned.epoch, None)), MetaRefusal::InFlight { .. }));
+    let still_learning = Some(pb::GroupMembership {
+        voters: voters(&before),
+        learners: vec![added.replica_id],
+        index: 9,
+    });
+    assert!(matches!(catalog.refused(abort(planned.epoch, still_learning)), MetaRefusal::BadChange { .. }));
+    assert!(matches!(catalog.refused(committed(planned.epoch, &voters(&before), 9)), MetaRefusal::BadChange { .. }));
+    assert!(matches!(catalog.refused(committed(planned.epoch, &after, 1)), MetaRefusal::BadChange { .. }));
+    catalog.done(committed(planned.epoch, &after, 9));
+    let done = catalog.group(id);
+    assert_eq!(voters(&done), after);
+    assert_eq!(done.removed.iter().map(|r| r.replica_id).collect::<Vec<_>>(), [old.replica_id]);
+    assert!(matches!(catalog.refused(committed(planned.epoch, &after, 10)), MetaRefusal::StaleEpoch { .. }));
+    // The former replica's data is in the way of a new one.
+    assert!(matches!(catalog.refused(change(&done, &[old.node_id], &[])), MetaRefusal::InFlight { .. }));
+    let gone = |replica_id| Op::ReplicaGone(pb::ReplicaGone { group_id: id, replica_id });
+    assert!(matches!(catalog.refused(gone(after[0])), MetaRefusal::BadChange { .. }));
+    catalog.done(gone(old.replica_id));
+    catalog.done(gone(old.replica_id));
+    // Given up in time: the learner goes, and its id is not given again.
+    catalog.done(change(&done, &[old.node_id], &[]));
+    let planned = catalog.group(id);
+    let second = planned.replicas.last().unwrap().replica_id;
+    assert!(second > added.replica_id);
+    catalog.done(abort(planned.epoch, None));
+    let aborted = catalog.group(id);
+    assert_eq!((aborted.change, aborted.removed.len()), (None, 1));
+    catalog.done(gone(second));
+    let now = catalog.group(id);
+    catalog.done(change(&now, &[old.node_id], &[]));
+    assert!(catalog.group(id).replicas.last().unwrap().replica_id > second);
+    // While it is ready, with the membership that shows that it cannot happen any more.
+    let now = catalog.group(id);
+    let third = now.replicas.last().unwrap().replica_id;
+    catalog.done(Op::ReplicaCaughtUp(pb::ReplicaCaughtUp {
+        group_id: id,
+        epoch: now.epoch,
+        replica_id: third,
+    }));
+    catalog.done(abort(now.epoch, membership(&after, 12)));
+    assert_eq!(catalog.group(id).membership_index, 12);
+}
+
+#[test]
+fn a_shard_goes_from_group_to_group_in_steps() {
+    let mut catalog = Catalog::new(3);
+    let (stream_id, shard_id, from) = catalog.stream("s", 3, false);
+    let plan = |to_group| {
+        Op::PlanShardMove(pb::PlanShardMove {
+            shard_id,
+            stream_id: stream_id.clone(),
+            to_group,
+            ..pb::PlanShardMove::default()
+        })
+    };
+    assert!(matches!(catalog.refused(plan(Some(from))), MetaRefusal::BadChange { .. }));
+    catalog.done(plan(None));
+    assert!(matches!(catalog.refused(plan(None)), MetaRefusal::InFlight { .. }));
+    let place = |catalog: &Catalog| {
+        let stream = catalog.machine.stream_by_name("default", "s").unwrap();
+        stream.shards[0].clone()
+    };
+    let moving = place(&catalog).moving.unwrap();
+    let (to, move_id) = (moving.to_group, moving.move_id);
+    let nodes = |group: &pb::GroupRecord| group.replicas.iter().map(|r| r.node_id).collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(nodes(&catalog.group(from)), nodes(&catalog.group(to)));
+    catalog.form(to);
+    // No member of either may change now.
+    for id in [from, to] {
+        let group = catalog.group(id);
+        let first = group.replicas[0].replica_id;
+        assert!(matches!(catalog.refused(change(&group, &[], &[first])), MetaRefusal::InFlight { .. }));
+    }
+    let adopted = |move_id| {
+        Op::ShardAdopted(pb::ShardAdopted {
+            shard_id,
+            stream_id: stream_id.clone(),
+            move_id,
+            index: 4,
+        })
+    };
+    let early = catalog.refused(adopted(move_id));
+    assert!(early.to_string().contains("seal before adopt"), "{early}");
+    let done = Op::ShardMoveDone(pb::ShardMoveDone {
+        shard_id,
+        stream_id: stream_id.clone(),
+        move_id,
+    });
+    assert!(matches!(catalog.refused(done.clone()), MetaRefusal::BadChange { .. }));
+    let sealed = |tail| {
+        Op::ShardSealed(pb::ShardSealed {
+            shard_id,
+            stream_id: stream_id.clone(),
+            move_id,
+            seal: Some(pb::Seal {
+                index: 30,
+                tail,
+                digest: 1,
+            }),
+        })
+    };
+    catalog.done(sealed(5));
+    catalog.done(sealed(5));
+    assert!(matches!(catalog.refused(sealed(6)), MetaRefusal::BadChange { .. }));
+    assert_eq!((place(&catalog).group_id, catalog.group(from).log_floor), (from, 30));
+    assert!(matches!(catalog.refused(adopted(move_id + 1)), MetaRefusal::StaleEpoch { .. }));
+    catalog.done(adopted(move_id));
+    assert_eq!((place(&catalog).group_id, catalog.group(to).log_floor), (to, 4));
+    assert_eq!((catalog.group(from).shards, catalog.group(to).shards), (0, 1));
+    assert_eq!(place(&catalog).moving.unwrap().step(), MoveStep::Adopted);
+    // A stream is not forgotten while a shard of it is on its way.
+    catalog.done(Op::RemoveStream(pb::RemoveStream {
+        namespace: "default".into(),
+        name: "s".into(),
+        grace_us: 0,
+        expected_revision: None,
+    }));
+    let forget = Op::ForgetStream(pb::ForgetStream {
+        stream_id: stream_id.clone(),
+        dropped: true,
+    });
+    assert!(matches!(catalog.refused(forget.clone()), MetaRefusal::InFlight { .. }));
+    let outcome = catalog.done(done);
+    assert!(matches!(outcome, MetaOutcome::ShardMoved { .. }));
+    catalog.done(forget);
+    assert!(catalog.machine.group(GroupId::new(to)).is_none());
+}
+
+#[test]
+fn pools_are_by_replicas_and_placement() {
+    let mut catalog = Catalog::new(3);
+    let (_, _, three) = catalog.stream("three", 3, false);
+    let (_, _, again) = catalog.stream("again", 3, false);
+    let (_, _, one) = catalog.stream("one", 1, false);
+    assert!(catalog.group(three).pooled && catalog.group(one).pooled);
+    assert_ne!(three, one);
+    assert_eq!(catalog.group(again).replicas.len(), 3);
+    let spec = normalise(&StreamSpec {
+        name: "placed".into(),
+        replicas: 3,
+        placement: Some(mainstem::wire::v1::Placement {
+            zones: vec!["b".into()],
+            ..Default::default()
+        }),
+        ..StreamSpec::default()
+    })
+    .unwrap();
+    let create = |spec: &StreamSpec, unreachable: &[u64]| {
+        Op::CreateStream(pb::CreateStream {
+            stream_id: StreamId::new(9_999).to_string(),
+            spec: Some(spec.clone()),
+            unreachable_nodes: unreachable.to_vec(),
+        })
+    };
+    let refusal = catalog.refused(create(&spec, &[]));
+    assert_eq!(
+        refusal.to_string(),
+        "3 replicas need 3 nodes: the cluster has 3, 3 of them live, 0 of those active and allowed by the placement; \
+         add nodes, or ask for fewer replicas"
+    );
+    let any = StreamSpec {
+        placement: None,
+        ..spec
+    };
+    assert!(matches!(
+        catalog.refused(create(&any, &[2])),
+        MetaRefusal::NotEnoughNodes { live: 2, usable: 2, .. }
+    ));
+    catalog.done(create(&any, &[]));
+}
+
+#[test]
+fn a_repeated_request_of_an_operator_gets_its_first_answer() {
+    let mut catalog = Catalog::new(2);
+    let drain = || Op::DrainNode(pb::DrainNode { node_id: 2 });
+    let first = catalog.request("r", drain());
+    catalog.apply(Op::UndrainNode(pb::UndrainNode { node_id: 2 }));
+    assert_eq!(catalog.request("r", drain()), first);
+    assert_eq!(catalog.node(2).state(), NodeState::Active);
+    let reused = catalog.request("r", Op::DrainNode(pb::DrainNode { node_id: 1 }));
+    assert!(matches!(reused, MetaOutcome::Refused(MetaRefusal::RequestIdReused { .. })));
+}
+
+/// As a cluster of one node wrote them before there could be several: `kind key record`, in hex.
+const FORMER: &str = include_str!("machine_support/former_catalog.hex");
+
+#[test]
+fn what_one_node_wrote_is_still_read() {
+    let mut store = Store::new(false);
+    for line in FORMER.lines().filter(|line| !line.starts_with('#')) {
+        let mut words = line.split(' ');
+        let kind = match words.next().unwrap() {
+            "cluster" => MetaKind::Cluster,
+            "node" => MetaKind::Node,
+            "group" => MetaKind::Group,
+            "stream" => MetaKind::Stream,
+            other => panic!("{other}"),
+        };
+        let bytes = |hex: &str| -> Vec<u8> {
+            let digits = hex.as_bytes().chunks(2);
+            digits.map(|two| u8::from_str_radix(std::str::from_utf8(two).unwrap(), 16).unwrap()).collect()
+        };
+        let key = bytes(words.next().unwrap());
+        let record = bytes(words.next().unwrap());
+        store.0.borrow_mut().meta.insert((kind, key), record);
+    }
+    let mut machine = load(&store);
+    let cluster = machine.cluster().unwrap();
+    assert_eq!((cluster.cluster_name.as_str(), cluster.revision, cluster.meta.clone()), ("test", 7, None));
+    assert_eq!(machine.cluster_version(), 1);
+    let record = machine.node(NodeId::new(11)).unwrap();
+    assert_eq!((record.name.as_str(), record.state(), record.incarnation), ("n1", NodeState::Active, 3));
+    let stream = machine.stream_by_name("default", "orders").unwrap();
+    let group = GroupId::new(stream.shards[0].group_id);
+    let shape = machine.shape();
+    assert_eq!((shape.groups[&group].wanted, shape.groups[&group].formed), (1, false));
+    assert!(shape.moves.is_empty() && shape.splits.is_empty());
+    assert_eq!(shape.settings, Default::default());
+    // Its next start makes it the first node of a cluster, with the replica that it has had all along.
+    let mut apply = |op| {
+        let command = pb::MetaCommand {
+            time_us: 9_000,
+            request_id: String::new(),
+            op: Some(op),
+        };
+        machine.apply(&mut store, &command).unwrap()
+    };
+    apply(Op::JoinNode(pb::JoinNode {
+        node_id: 11,
+        name: "n1".into(),
+        incarnation: 4,
+        store_id: "s".into(),
+        ..pb::JoinNode::default()
+    }));
+    apply(Op::JoinNode(pb::JoinNode {
+        node_id: 12,
+        name: "n2".into(),
+        incarnation: 1,
+        ..pb::JoinNode::default()
+    }));
+    let meta = machine.cluster().unwrap().meta.clone().unwrap();
+    assert_eq!((meta.voters, meta.learners), (vec![1], vec![4]), "r2 and r3 were given to the pool");
+    assert_eq!(machine.cluster().unwrap().next_replica_id, 5);
+}

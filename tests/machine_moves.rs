@@ -1,0 +1,281 @@
+//! A shard sealed in one group and adopted in another, over random histories: what was stored is there with the same
+//! sequences, producers and ids go on, and only one of the two groups ever writes.
+#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
+
+mod machine_support;
+
+use machine_support::{GROUP, Record, SHARD, Store, encode};
+use mainstem::machine::group::waits_for;
+use mainstem::machine::{AdoptFault, ApplyError, GroupMachine, GroupOutcome, ItemOutcome, ShardMachine};
+use mainstem::model::batch::Codec;
+use mainstem::model::{GroupId, LogIndex, Sequence, Term};
+use mainstem::wire::internal::v1::{self as pb, group_command::Op};
+use proptest::prelude::*;
+
+const TO: GroupId = GroupId::new(9);
+const BACK: u64 = 3;
+
+fn config() -> pb::ShardConfig {
+    pb::ShardConfig {
+        stream_id: "00".repeat(16),
+        epoch: 1,
+        duplicate_window_us: 1_000,
+        duplicate_ids_max: 100,
+        producers_max: 10,
+        producer_idle_us: 100_000,
+        subject_in_one_shard: true,
+        ..pb::ShardConfig::default()
+    }
+}
+
+fn command(op: Op) -> pb::GroupCommand {
+    pb::GroupCommand {
+        feature_level: 1,
+        op: Some(op),
+    }
+}
+
+fn apply(machine: &mut GroupMachine, store: &Store, op: Op) -> Result<GroupOutcome, ApplyError> {
+    machine.apply(store, &mut store.clone(), Term::new(1), &command(op))
+}
+
+fn create() -> Op {
+    Op::CreateShard(pb::CreateShard {
+        shard_id: SHARD.get(),
+        config: Some(config()),
+    })
+}
+
+fn publish(time_us: u64, producer: u64, sequence: u64, id: Option<String>) -> Op {
+    let record = Record {
+        subject: "a".into(),
+        id,
+        payload: 10,
+    };
+    Op::Publish(pb::Publish {
+        shard_id: SHARD.get(),
+        time_us,
+        items: vec![pb::PublishItem {
+            batch: encode(&[record], Codec::None),
+            producer: Some(pb::ProducerStamp {
+                producer_id: producer,
+                epoch: 1,
+                sequence,
+            }),
+            expect: None,
+        }],
+    })
+}
+
+fn seal(to: GroupId, move_id: u64) -> Op {
+    Op::SealShard(pb::SealShard {
+        shard_id: SHARD.get(),
+        to_group: to.get(),
+        move_id,
+    })
+}
+
+fn adopt(from: GroupId, move_id: u64, tail: Sequence, digest: u64) -> Op {
+    Op::AdoptShard(pb::AdoptShard {
+        shard_id: SHARD.get(),
+        from_group: from.get(),
+        move_id,
+        seal: Some(pb::Seal {
+            index: 77,
+            tail: tail.get(),
+            digest,
+        }),
+    })
+}
+
+fn sealed(outcome: GroupOutcome) -> (Sequence, u64, bool) {
+    let GroupOutcome::Sealed { tail, digest, existed } = outcome else {
+        panic!("{outcome:?}");
+    };
+    (tail, digest, existed)
+}
+
+fn first_of(outcome: GroupOutcome) -> (Sequence, bool) {
+    let GroupOutcome::Published(items) = &outcome else {
+        panic!("{outcome:?}");
+    };
+    let [ItemOutcome::Stored(stored)] = items.as_slice() else {
+        panic!("{outcome:?}");
+    };
+    (stored.first, stored.whole_duplicate)
+}
+
+#[test]
+fn nothing_of_a_sealed_shard_changes() {
+    let store = Store::new(false);
+    let mut from = GroupMachine::data(GROUP, []);
+    apply(&mut from, &store, create()).unwrap();
+    apply(&mut from, &store, publish(100, 1, 1, Some("x".into()))).unwrap();
+    let (tail, digest, existed) = sealed(apply(&mut from, &store, seal(TO, 5)).unwrap());
+    assert_eq!((tail, existed), (Sequence::new(2), false));
+    store.0.borrow_mut().writes.clear();
+    let ops = [
+        publish(200, 1, 2, None),
+        Op::Expire(pb::Expire {
+            shard_id: SHARD.get(),
+            time_us: 1 << 40,
+        }),
+        Op::Purge(pb::Purge {
+            shard_id: SHARD.get(),
+            ..pb::Purge::default()
+        }),
+        Op::UpdateShard(pb::UpdateShard {
+            shard_id: SHARD.get(),
+            config: Some(config()),
+            revision: 9,
+        }),
+        Op::RemoveShard(pb::RemoveShard { shard_id: SHARD.get() }),
+        seal(GroupId::new(11), 6),
+    ];
+    for op in ops {
+        let text = format!("{op:?}");
+        let outcome = apply(&mut from, &store, op).unwrap();
+        assert_eq!(outcome, GroupOutcome::Moved { to: TO }, "{text}");
+    }
+    assert_eq!(sealed(apply(&mut from, &store, seal(TO, 5)).unwrap()), (tail, digest, true));
+    assert_eq!(store.0.borrow().writes, Vec::<String>::new());
+    assert_eq!(from.shard(SHARD).unwrap().next_expiry(), None);
+    // The same from one that was loaded anew.
+    let mut again = GroupMachine::data(GROUP, [store.load()]);
+    assert_eq!(sealed(apply(&mut again, &store, seal(TO, 5)).unwrap()), (tail, digest, true));
+    let outcome = apply(&mut again, &store, publish(200, 1, 2, None)).unwrap();
+    assert_eq!(outcome, GroupOutcome::Moved { to: TO });
+}
+
+#[test]
+fn an_adoption_must_find_what_the_seal_said() {
+    let store = Store::new(false);
+    let mut from = GroupMachine::data(GROUP, []);
+    let fault = |store: &Store, op: Op| match apply(&mut GroupMachine::data(TO, []), store, op) {
+        Err(ApplyError::Adopt(fault)) => fault,
+        other => panic!("{other:?}"),
+    };
+    let not_sealed = |found: AdoptFault| assert!(matches!(found, AdoptFault::NotSealed { .. }), "{found}");
+    not_sealed(fault(&store, adopt(GROUP, 5, Sequence::new(2), 0)));
+    apply(&mut from, &store, create()).unwrap();
+    apply(&mut from, &store, publish(100, 1, 1, None)).unwrap();
+    not_sealed(fault(&store, adopt(GROUP, 5, Sequence::new(2), 0)));
+    let (tail, digest, _) = sealed(apply(&mut from, &store, seal(TO, 5)).unwrap());
+    // Another move, another group, another shard of things.
+    not_sealed(fault(&store, adopt(GROUP, 6, tail, digest)));
+    not_sealed(fault(&store, adopt(GroupId::new(4), 5, tail, digest)));
+    for (tail, digest) in [(tail.plus(1), digest), (tail, digest ^ 1)] {
+        let found = fault(&store, adopt(GROUP, 5, tail, digest));
+        assert!(matches!(found, AdoptFault::Differs { .. }), "{found}");
+    }
+    let entry = command(adopt(GROUP, 5, tail, digest));
+    assert_eq!(waits_for(&entry), Some((GROUP, LogIndex::new(77))));
+    assert_eq!(waits_for(&command(create())), None);
+}
+
+/// What happens to a shard.
+#[derive(Debug, Clone)]
+enum Step {
+    Publish { producer: u64, again: bool, id: Option<u8> },
+    Wait(u64),
+    Expire,
+    Move,
+    Restart,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (1u64..4, any::<bool>(), prop::option::of(0u8..6))
+            .prop_map(|(producer, again, id)| Step::Publish { producer, again, id }),
+        2 => (1u64..700).prop_map(Step::Wait),
+        1 => Just(Step::Expire),
+        2 => Just(Step::Move),
+        1 => Just(Step::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    /// One shard that goes between three groups, and one that stays: every answer and all that is stored is the same.
+    #[test]
+    fn a_shard_that_moves_is_as_one_that_stays(steps in prop::collection::vec(step(), 1..60)) {
+        let (store, still_store) = (Store::new(false), Store::new(false));
+        let mut still = GroupMachine::data(GROUP, []);
+        let mut groups: Vec<GroupMachine> =
+            (0..BACK).map(|n| GroupMachine::data(GroupId::new(GROUP.get() + n), [])).collect();
+        let mut at = 0;
+        apply(&mut groups[0], &store, create()).unwrap();
+        apply(&mut still, &still_store, create()).unwrap();
+        let (mut time, mut moves) = (1_000, 0);
+        let mut sequences = [0u64; 4];
+        for step in steps {
+            match step {
+                Step::Publish { producer, again, id } => {
+                    let last = &mut sequences[producer as usize];
+                    if !again || *last == 0 {
+                        *last += 1;
+                    }
+                    let op = publish(time, producer, *last, id.map(|id| format!("id{id}")));
+                    let here = apply(&mut groups[at], &store, op.clone()).unwrap();
+                    prop_assert_eq!(&here, &apply(&mut still, &still_store, op.clone()).unwrap());
+                    // Where it was before, it is answered where it went; where it never was, not at all.
+                    for (n, group) in groups.iter_mut().enumerate().filter(|(n, _)| *n != at) {
+                        let before = store.0.borrow().writes.len();
+                        let there = apply(group, &store, op.clone()).unwrap();
+                        prop_assert!(
+                            matches!(there, GroupOutcome::Moved { .. } | GroupOutcome::NoShard),
+                            "group {n}: {there:?}"
+                        );
+                        prop_assert_eq!(store.0.borrow().writes.len(), before, "only the owner writes");
+                    }
+                }
+                Step::Wait(us) => time += us,
+                Step::Expire => {
+                    let op = Op::Expire(pb::Expire { shard_id: SHARD.get(), time_us: time });
+                    let here = apply(&mut groups[at], &store, op.clone()).unwrap();
+                    prop_assert_eq!(here, apply(&mut still, &still_store, op).unwrap());
+                }
+                Step::Move => {
+                    moves += 1;
+                    let to = (at + 1) % groups.len();
+                    let (from_id, to_id) = (groups[at].group(), groups[to].group());
+                    let (tail, digest, _) = sealed(apply(&mut groups[at], &store, seal(to_id, moves)).unwrap());
+                    let op = adopt(from_id, moves, tail, digest);
+                    let first = apply(&mut groups[to], &store, op.clone()).unwrap();
+                    prop_assert_eq!(first, GroupOutcome::Adopted { tail, existed: false });
+                    let again = apply(&mut groups[to], &store, op).unwrap();
+                    prop_assert_eq!(again, GroupOutcome::Adopted { tail, existed: true });
+                    at = to;
+                }
+                Step::Restart => {
+                    let shard: ShardMachine = store.load();
+                    prop_assert_eq!(shard.group(), groups[at].group());
+                    groups[at] = GroupMachine::data(shard.group(), [shard]);
+                }
+            }
+            let (here, there) = (groups[at].shard(SHARD).unwrap(), still.shard(SHARD).unwrap());
+            prop_assert_eq!(here.digest(), there.digest());
+        }
+        prop_assert_eq!(&store.0.borrow().batches, &still_store.0.borrow().batches);
+        prop_assert_eq!(&store.0.borrow().postings, &still_store.0.borrow().postings);
+    }
+}
+
+#[test]
+fn a_producer_goes_on_in_the_new_group() {
+    let store = Store::new(false);
+    let mut from = GroupMachine::data(GROUP, []);
+    let mut to = GroupMachine::data(TO, []);
+    apply(&mut from, &store, create()).unwrap();
+    apply(&mut from, &store, publish(100, 1, 1, None)).unwrap();
+    let (tail, digest, _) = sealed(apply(&mut from, &store, seal(TO, 1)).unwrap());
+    apply(&mut to, &store, adopt(GROUP, 1, tail, digest)).unwrap();
+    // Sent again, because the answer was lost on the way.
+    assert_eq!(first_of(apply(&mut to, &store, publish(150, 1, 1, None)).unwrap()), (Sequence::new(1), true));
+    assert_eq!(first_of(apply(&mut to, &store, publish(150, 1, 2, None)).unwrap()), (Sequence::new(2), false));
+}
