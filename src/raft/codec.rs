@@ -155,17 +155,17 @@ pub struct Marker {
     pub installed: Option<LogId>,
 }
 
-impl Marker {
-    pub fn encode(&self) -> Bytes {
-        pb::AppliedMarker {
-            last_applied: self.applied.as_ref().map(log_id_to_pb),
-            membership: Some(stored_membership_to_pb(&self.membership)),
-            installed: self.installed.as_ref().map(log_id_to_pb),
-        }
-        .encode_to_vec()
-        .into()
+pub fn encode_marker(applied: Option<&LogId>, membership: &StoredMembership, installed: Option<&LogId>) -> Bytes {
+    pb::AppliedMarker {
+        last_applied: applied.map(log_id_to_pb),
+        membership: Some(stored_membership_to_pb(membership)),
+        installed: installed.map(log_id_to_pb),
     }
+    .encode_to_vec()
+    .into()
+}
 
+impl Marker {
     pub fn decode(raw: &[u8]) -> io::Result<Self> {
         let marker = pb::AppliedMarker::decode(raw).map_err(|e| bad("applied marker", e))?;
         Ok(Self {
@@ -209,7 +209,8 @@ mod tests {
             membership: stored,
             installed: Some(id(2, 7, 40)),
         };
-        assert_eq!(Marker::decode(&marker.encode()).unwrap(), marker);
+        let raw = encode_marker(marker.applied.as_ref(), &marker.membership, marker.installed.as_ref());
+        assert_eq!(Marker::decode(&raw).unwrap(), marker);
         for vote in [Vote::new(4, 2), Vote::new_committed(5, 2)] {
             assert_eq!(decode_vote(&encode_vote(&vote)).unwrap(), vote);
         }

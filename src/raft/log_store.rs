@@ -23,8 +23,9 @@ use crate::storage::{LogDb, StorageError};
 
 /// Applied and synced entries are kept in memory up to this many bytes per group.
 const TAIL_KEEP_BYTES: usize = 2 << 20;
-/// One read for replication returns at most this much, and always one entry.
-const READ_BYTES_MAX: usize = 4 << 20;
+/// One read for replication returns at most this much, and always one entry. No more than a frame to a peer has room
+/// for: what is urgent waits for the frame that is being sent.
+const READ_BYTES_MAX: usize = 1 << 20;
 
 fn io_error(e: StorageError) -> io::Error {
     io::Error::other(e)
@@ -430,7 +431,10 @@ impl RaftLogStorage<Mainstem> for GroupLog {
                 return Ok(());
             }
             tail.purged = Some(upto);
-            tail.last = tail.last.max(Some(upto));
+            // By index: an entry that was never committed may be of a later term and yet lie before a snapshot.
+            if tail.last.is_none_or(|last| last.index <= upto.index) {
+                tail.last = Some(upto);
+            }
             while let Some(front) = tail.entries.front() {
                 if front.log_id.index > upto.index {
                     break;

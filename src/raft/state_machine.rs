@@ -267,12 +267,7 @@ impl GroupMachine {
     }
 
     fn marker(&self) -> Bytes {
-        codec::Marker {
-            applied: self.applied,
-            membership: self.membership.clone(),
-            installed: self.installed,
-        }
-        .encode()
+        codec::encode_marker(self.applied.as_ref(), &self.membership, self.installed.as_ref())
     }
 }
 

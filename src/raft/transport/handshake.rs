@@ -296,3 +296,186 @@ impl Called {
         Ok((self.peer, step(pb::handshake::Step::Accepted(accepted))))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+
+    use super::super::book::{NoMemory, PeerMemory};
+    use super::*;
+
+    fn config(node: u64) -> PeerConfig {
+        let identity = PeerIdentity {
+            cluster_id: "one".into(),
+            node: NodeId::new(node),
+            store_id: u128::from(node) << 64,
+            incarnation: 10,
+        };
+        PeerConfig::new(identity, "secret")
+    }
+
+    fn book() -> PeerBook {
+        PeerBook::new(Arc::new(NoMemory))
+    }
+
+    /// What each side says: (caller, called).
+    fn shake(
+        caller: (&PeerConfig, &PeerBook),
+        called: (&PeerConfig, &PeerBook),
+        to: u64,
+    ) -> (Result<KnownPeer, Refusal>, Result<KnownPeer, Refusal>) {
+        let (first, hello) = Caller::begin(caller.0, NodeId::new(to));
+        let (second, welcome) = match Called::hello(called.0, Some(hello)) {
+            Ok(both) => both,
+            Err(refusal) => {
+                let told = first.welcome(caller.0, caller.1, Some(refused(&refusal)));
+                return (told.map(|(peer, _)| peer), Err(refusal));
+            }
+        };
+        let (peer, proof) = match first.welcome(caller.0, caller.1, Some(welcome)) {
+            Ok(both) => both,
+            Err(refusal) => {
+                let told = second.proof(called.0, called.1, Some(refused(&refusal)));
+                return (Err(refusal), told.map(|(peer, _)| peer));
+            }
+        };
+        match second.proof(called.0, called.1, Some(proof)) {
+            Ok((other, accepted)) => (Caller::accepted(Some(accepted)).map(|()| peer), Ok(other)),
+            Err(refusal) => (Caller::accepted(Some(refused(&refusal))).map(|()| peer), Err(refusal)),
+        }
+    }
+
+    #[test]
+    fn two_nodes_of_a_cluster_know_each_other() {
+        let (one, two) = (config(1), config(2));
+        let (caller, called) = shake((&one, &book()), (&two, &book()), 2);
+        assert_eq!(caller.unwrap().node, NodeId::new(2));
+        assert_eq!(called.unwrap().store_id, 1 << 64);
+    }
+
+    #[test]
+    fn who_must_not_speak_is_refused_by_both_with_the_reason() {
+        let one = config(1);
+        let mut cluster = config(2);
+        cluster.identity.cluster_id = "two".into();
+        let mut token = config(2);
+        token.token = b"guess".to_vec();
+        let other_node = config(3);
+        for (two, reason) in [
+            (cluster, pb::PeerRefusal::OtherCluster),
+            (token, pb::PeerRefusal::Token),
+            (other_node, pb::PeerRefusal::OtherNode),
+        ] {
+            let books = (book(), book());
+            let (caller, called) = shake((&one, &books.0), (&two, &books.1), 2);
+            let (caller, called) = (caller.unwrap_err(), called.unwrap_err());
+            assert_eq!(caller.to_pb().reason(), reason, "{caller}");
+            assert_eq!(called.to_pb().reason(), reason, "{called}");
+            assert!(books.0.all().is_empty() && books.1.all().is_empty(), "remembered unproven");
+        }
+    }
+
+    #[test]
+    fn an_older_start_and_another_disk_are_refused_and_the_newest_is_remembered() {
+        let (one, mut two) = (config(1), config(2));
+        let seen = book();
+        shake((&one, &seen), (&two, &book()), 2).0.unwrap();
+        two.identity.incarnation = 12;
+        shake((&two, &book()), (&one, &seen), 1).1.unwrap();
+        two.identity.incarnation = 11;
+        let refusal = shake((&one, &seen), (&two, &book()), 2).0.unwrap_err();
+        assert!(
+            matches!(refusal, Refusal::OlderIncarnation { known: 12, given: 11, .. }),
+            "{refusal}"
+        );
+        let refusal = shake((&two, &book()), (&one, &seen), 1).1.unwrap_err();
+        assert!(matches!(refusal, Refusal::OlderIncarnation { .. }), "{refusal}");
+        two.identity.incarnation = 13;
+        two.identity.store_id = 7;
+        let refusal = shake((&one, &seen), (&two, &book()), 2).0.unwrap_err();
+        assert!(matches!(refusal, Refusal::OtherStore { .. }), "{refusal}");
+        two.identity.store_id = 2 << 64;
+        shake((&one, &seen), (&two, &book()), 2).0.unwrap();
+        assert_eq!(seen.all().iter().map(|p| p.incarnation).collect::<Vec<_>>(), [13]);
+    }
+
+    #[test]
+    fn a_peer_without_a_common_protocol_is_refused() {
+        let (one, two) = (config(1), config(2));
+        let (_, hello) = Caller::begin(&one, NodeId::new(2));
+        let Some(pb::handshake::Step::Hello(mut hello)) = hello.step else {
+            panic!("not a hello");
+        };
+        (hello.protocol_min, hello.protocol_max) = (PROTOCOL_MAX + 1, PROTOCOL_MAX + 4);
+        let refusal = Called::hello(&two, Some(step(pb::handshake::Step::Hello(hello)))).err().unwrap();
+        assert!(matches!(refusal, Refusal::Protocol { .. }), "{refusal}");
+    }
+
+    /// Nobody gets in by sending back what was sent, or with what another handshake showed.
+    #[test]
+    fn proofs_cannot_be_turned_round_or_used_again() {
+        let (one, two) = (config(1), config(2));
+        let (first, hello) = Caller::begin(&one, NodeId::new(2));
+        let (second, welcome) = Called::hello(&two, Some(hello)).unwrap();
+        let (_, proof) = first.welcome(&one, &book(), Some(welcome.clone())).unwrap();
+        let Some(pb::handshake::Step::Welcome(inner)) = welcome.step else {
+            panic!("not a welcome");
+        };
+        let turned = step(pb::handshake::Step::Proof(pb::PeerProof { proof: inner.proof }));
+        assert!(second.proof(&two, &book(), Some(turned)).is_err());
+        let (_, hello) = Caller::begin(&one, NodeId::new(2));
+        let (third, _) = Called::hello(&two, Some(hello)).unwrap();
+        assert!(third.proof(&two, &book(), Some(proof.clone())).is_err());
+        assert!(second.proof(&two, &book(), Some(proof)).is_ok());
+        assert!(second.proof(&two, &book(), None).is_err());
+    }
+
+    #[test]
+    fn an_empty_token_is_only_taken_when_that_is_said() {
+        let mut config = config(1);
+        config.token.clear();
+        assert!(config.check().is_err());
+        config.allow_empty_token = true;
+        assert!(config.check().is_ok());
+    }
+
+    #[derive(Default)]
+    struct Kept(Mutex<Vec<KnownPeer>>);
+
+    impl PeerMemory for Kept {
+        fn load(&self) -> Vec<KnownPeer> {
+            self.0.lock().clone()
+        }
+
+        fn remember(&self, peer: KnownPeer) {
+            self.0.lock().push(peer);
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_outlives_the_process() {
+        let (one, mut two) = (config(1), config(2));
+        let kept = Arc::new(Kept::default());
+        let first = PeerBook::new(kept.clone());
+        shake((&one, &first), (&two, &book()), 2).0.unwrap();
+        shake((&one, &first), (&two, &book()), 2).0.unwrap();
+        assert_eq!(kept.0.lock().len(), 1, "told only of what is new");
+        two.identity.incarnation = 9;
+        let second = PeerBook::new(kept);
+        assert!(shake((&one, &second), (&two, &book()), 2).0.is_err());
+    }
+
+    #[test]
+    fn a_refusal_is_news_once() {
+        let book = book();
+        assert!(book.is_news(NodeId::new(1), "calls", "text"));
+        assert!(!book.is_news(NodeId::new(1), "calls", "text"));
+        assert!(book.is_news(NodeId::new(1), "calls", "another"));
+        assert!(book.is_news(NodeId::new(1), "called", "another"));
+        book.no_refusal(NodeId::new(1), "calls");
+        assert!(book.is_news(NodeId::new(1), "calls", "another"));
+    }
+}

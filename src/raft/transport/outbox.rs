@@ -138,7 +138,7 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    fn next(&self, cx: &Context<'_>) -> Poll<Option<pb::PeerFrame>> {
+    fn take(&self, cx: &Context<'_>) -> Poll<Option<pb::PeerFrame>> {
         let mut queue = self.queue.lock();
         if let Some(step) = queue.handshake.pop_front() {
             return Poll::Ready(Some(pb::PeerFrame {
@@ -183,7 +183,7 @@ impl Stream for Frames {
     type Item = pb::PeerFrame;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.next(cx)
+        self.take(cx)
     }
 }
 
