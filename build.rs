@@ -13,7 +13,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Served by reflection, and compared with the golden descriptor by a test.
     std::fs::write(out.join("mainstem.v1.bin"), prost::Message::encode_to_vec(&public))?;
     let all = protox::compile(
-        files.into_iter().chain(["mainstem/internal/v1/internal.proto"]),
+        files
+            .into_iter()
+            .chain(["mainstem/internal/v1/internal.proto", "mainstem/internal/v1/peer.proto"]),
         ["proto"],
     )?;
     tonic_prost_build::configure()

@@ -154,6 +154,7 @@ fn create(id: u128, spec: StreamSpec) -> Op {
     Op::CreateStream(pb::CreateStream {
         stream_id: StreamId::new(id).to_string(),
         spec: Some(spec),
+        unreachable_nodes: vec![],
     })
 }
 
@@ -267,7 +268,7 @@ proptest! {
                         base_revision += current.revision;
                         new = StreamSpec { subjects: new.subjects, ..current.spec.clone().unwrap() };
                     }
-                    let update = pb::UpdateStream { namespace: "default".into(), name: name.into(), spec: Some(new), base_revision };
+                    let update = pb::UpdateStream { namespace: "default".into(), name: name.into(), spec: Some(new), base_revision, unreachable_nodes: vec![] };
                     pair.apply(&name_of(&request), Op::UpdateStream(update));
                 }
                 Step::Remove { name, grace_us, request } => {

@@ -23,12 +23,30 @@ enum Event {
     Revive(u64),
     Drain(u64),
     Undrain(u64),
-    Remove { node: u64, force: bool },
-    Join { zone: usize },
-    Create { replicas: u32, shards: u32, dedicated: bool },
-    Replicas { stream: u8, replicas: u32 },
-    Zones { stream: u8, zones: Vec<usize> },
-    Damage { group: u8, replica: u8 },
+    Remove {
+        node: u64,
+        force: bool,
+    },
+    Join {
+        zone: usize,
+    },
+    Create {
+        replicas: u32,
+        shards: u32,
+        dedicated: bool,
+    },
+    Replicas {
+        stream: u8,
+        replicas: u32,
+    },
+    Zones {
+        stream: u8,
+        zones: Vec<usize>,
+    },
+    Damage {
+        group: u8,
+        replica: u8,
+    },
     Wait(u8),
 }
 
@@ -267,7 +285,11 @@ fn planted_zones_are_not_looked_at() {
 #[test]
 fn planted_leaders_go_to_and_fro() {
     must_be_found("a leader moves at each round", |world, actions| {
-        let Some((id, raft)) = world.rafts.iter().find(|(_, raft)| raft.leader.is_some() && raft.voters.len() > 1) else {
+        let Some((id, raft)) = world
+            .rafts
+            .iter()
+            .find(|(_, raft)| raft.leader.is_some() && raft.voters.len() > 1)
+        else {
             return;
         };
         let leader = raft.leader.unwrap();
@@ -370,7 +392,11 @@ fn what_is_held_counts_for_the_spread() {
         },
     );
     assert_eq!(choice.nodes, [NodeId::new(3), NodeId::new(4)]);
-    assert!(choice.to_string().contains("n2 (node-2): not needed: zone \"a\" holds 1 replicas"));
+    assert!(
+        choice
+            .to_string()
+            .contains("n2 (node-2): not needed: zone \"a\" holds 1 replicas")
+    );
 }
 
 fn three() -> World {
@@ -421,7 +447,10 @@ fn a_lost_replica_waits_for_a_node_and_says_so() {
     let plan = world.plan();
     let held: Vec<&Action> = plan.iter().filter(|action| action.blocked.is_some()).collect();
     let text: String = held.iter().map(|action| action.to_string()).collect();
-    assert!(text.contains("lost: ") && text.contains("no node can take it"), "{text}");
+    assert!(
+        text.contains("lost: ") && text.contains("no node can take it"),
+        "{text}"
+    );
     assert!(text.contains("n1 (node-1): holds a replica already"), "{text}");
     world.join(4, "a");
     world.settle().unwrap();
@@ -450,7 +479,10 @@ fn a_pooled_stream_is_split_out_and_scaled() {
     for group in after {
         let group = world.machine.group(GroupId::new(group)).unwrap();
         assert_eq!((group.replicas.len(), group.shards, group.pooled), (3, 1, false));
-        assert!(group.log_floor > 0, "no replica is born from the log that holds the adoption");
+        assert!(
+            group.log_floor > 0,
+            "no replica is born from the log that holds the adoption"
+        );
     }
     assert_eq!(groups(&world, "s2"), other);
     world.update("s1", |spec| spec.replicas = 1);
@@ -479,7 +511,10 @@ fn a_drained_node_gives_its_leaders_away_first() {
     world.settle().unwrap();
     world.apply(Op::DrainNode(pb::DrainNode { node_id: 1 }));
     let plan = world.plan();
-    assert!(plan.iter().any(|action| matches!(action.step, Step::TransferLeader { .. })));
+    assert!(
+        plan.iter()
+            .any(|action| matches!(action.step, Step::TransferLeader { .. }))
+    );
     world.settle().unwrap();
     world.check_rest().unwrap();
     assert!(

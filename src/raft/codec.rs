@@ -42,23 +42,29 @@ pub fn decode_log_id(raw: &[u8]) -> io::Result<LogId> {
     Ok(log_id_from_pb(&id))
 }
 
-pub fn encode_vote(vote: &Vote) -> Bytes {
+pub fn vote_to_pb(vote: &Vote) -> pb::Vote {
     pb::Vote {
         term: vote.leader_id.term,
         leader: vote.leader_id.node_id,
         committed: vote.committed,
     }
-    .encode_to_vec()
-    .into()
+}
+
+pub fn vote_from_pb(vote: &pb::Vote) -> Vote {
+    if vote.committed {
+        Vote::new_committed(vote.term, vote.leader)
+    } else {
+        Vote::new(vote.term, vote.leader)
+    }
+}
+
+pub fn encode_vote(vote: &Vote) -> Bytes {
+    vote_to_pb(vote).encode_to_vec().into()
 }
 
 pub fn decode_vote(raw: &[u8]) -> io::Result<Vote> {
     let vote = pb::Vote::decode(raw).map_err(|e| bad("vote", e))?;
-    Ok(if vote.committed {
-        Vote::new_committed(vote.term, vote.leader)
-    } else {
-        Vote::new(vote.term, vote.leader)
-    })
+    Ok(vote_from_pb(&vote))
 }
 
 fn membership_to_pb(m: &Membership) -> pb::Membership {
@@ -88,7 +94,8 @@ fn membership_from_pb(m: &pb::Membership) -> io::Result<Membership> {
     Membership::new(configs, nodes).map_err(|e| bad("membership", e))
 }
 
-pub fn encode_entry(entry: &Entry) -> Bytes {
+/// The payload's bytes are shared, not copied.
+pub fn entry_to_pb(entry: &Entry) -> pb::LogEntry {
     let payload = match &entry.payload {
         EntryPayload::Blank => pb::log_entry::Payload::Blank(pb::Blank {}),
         EntryPayload::Normal(proposal) => pb::log_entry::Payload::Command(proposal.0.clone()),
@@ -98,12 +105,17 @@ pub fn encode_entry(entry: &Entry) -> Bytes {
         id: Some(log_id_to_pb(&entry.log_id)),
         payload: Some(payload),
     }
-    .encode_to_vec()
-    .into()
+}
+
+pub fn encode_entry(entry: &Entry) -> Bytes {
+    entry_to_pb(entry).encode_to_vec().into()
 }
 
 pub fn decode_entry(raw: Bytes) -> io::Result<Entry> {
-    let entry = pb::LogEntry::decode(raw).map_err(|e| bad("log entry", e))?;
+    entry_from_pb(pb::LogEntry::decode(raw).map_err(|e| bad("log entry", e))?)
+}
+
+pub fn entry_from_pb(entry: pb::LogEntry) -> io::Result<Entry> {
     let id = entry.id.as_ref().ok_or_else(|| bad("log entry", "it has no id"))?;
     let payload = match entry.payload {
         Some(pb::log_entry::Payload::Blank(_)) => EntryPayload::Blank,
@@ -117,27 +129,51 @@ pub fn decode_entry(raw: Bytes) -> io::Result<Entry> {
     })
 }
 
-/// The applied marker: last applied entry and the membership in force.
-pub fn encode_marker(last_applied: Option<&LogId>, membership: &StoredMembership) -> Bytes {
+pub fn stored_membership_to_pb(stored: &StoredMembership) -> pb::StoredMembership {
+    pb::StoredMembership {
+        log_id: stored.log_id().as_ref().map(log_id_to_pb),
+        membership: Some(membership_to_pb(stored.membership())),
+    }
+}
+
+pub fn stored_membership_from_pb(stored: pb::StoredMembership) -> io::Result<StoredMembership> {
+    let membership = membership_from_pb(&stored.membership.unwrap_or_default())?;
+    Ok(StoredMembership::new(
+        stored.log_id.as_ref().map(log_id_from_pb),
+        membership,
+    ))
+}
+
+/// What is written with every apply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marker {
+    /// Last applied entry.
+    pub applied: Option<LogId>,
+    /// The membership in force there.
+    pub membership: StoredMembership,
+    /// The snapshot that the state was last installed from, if it ever was.
+    pub installed: Option<LogId>,
+}
+
+pub fn encode_marker(applied: Option<&LogId>, membership: &StoredMembership, installed: Option<&LogId>) -> Bytes {
     pb::AppliedMarker {
-        last_applied: last_applied.map(log_id_to_pb),
-        membership: Some(pb::StoredMembership {
-            log_id: membership.log_id().as_ref().map(log_id_to_pb),
-            membership: Some(membership_to_pb(membership.membership())),
-        }),
+        last_applied: applied.map(log_id_to_pb),
+        membership: Some(stored_membership_to_pb(membership)),
+        installed: installed.map(log_id_to_pb),
     }
     .encode_to_vec()
     .into()
 }
 
-pub fn decode_marker(raw: &[u8]) -> io::Result<(Option<LogId>, StoredMembership)> {
-    let marker = pb::AppliedMarker::decode(raw).map_err(|e| bad("applied marker", e))?;
-    let stored = marker.membership.unwrap_or_default();
-    let membership = membership_from_pb(&stored.membership.unwrap_or_default())?;
-    Ok((
-        marker.last_applied.as_ref().map(log_id_from_pb),
-        StoredMembership::new(stored.log_id.as_ref().map(log_id_from_pb), membership),
-    ))
+impl Marker {
+    pub fn decode(raw: &[u8]) -> io::Result<Self> {
+        let marker = pb::AppliedMarker::decode(raw).map_err(|e| bad("applied marker", e))?;
+        Ok(Self {
+            applied: marker.last_applied.as_ref().map(log_id_from_pb),
+            membership: stored_membership_from_pb(marker.membership.unwrap_or_default())?,
+            installed: marker.installed.as_ref().map(log_id_from_pb),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -168,9 +204,13 @@ mod tests {
             assert_eq!(decode_entry(encode_entry(&entry)).unwrap(), entry);
         }
         let stored = StoredMembership::new(Some(id(1, 1, 1)), joint);
-        let (applied, back) = decode_marker(&encode_marker(Some(&id(3, 7, 42)), &stored)).unwrap();
-        assert_eq!(applied, Some(id(3, 7, 42)));
-        assert_eq!(back, stored);
+        let marker = Marker {
+            applied: Some(id(3, 7, 42)),
+            membership: stored,
+            installed: Some(id(2, 7, 40)),
+        };
+        let raw = encode_marker(marker.applied.as_ref(), &marker.membership, marker.installed.as_ref());
+        assert_eq!(Marker::decode(&raw).unwrap(), marker);
         for vote in [Vote::new(4, 2), Vote::new_committed(5, 2)] {
             assert_eq!(decode_vote(&encode_vote(&vote)).unwrap(), vote);
         }

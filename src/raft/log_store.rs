@@ -23,8 +23,9 @@ use crate::storage::{LogDb, StorageError};
 
 /// Applied and synced entries are kept in memory up to this many bytes per group.
 const TAIL_KEEP_BYTES: usize = 2 << 20;
-/// One read for replication returns at most this much, and always one entry.
-const READ_BYTES_MAX: usize = 4 << 20;
+/// One read for replication returns at most this much, and always one entry. No more than a frame to a peer has room
+/// for: what is urgent waits for the frame that is being sent.
+const READ_BYTES_MAX: usize = 1 << 20;
 
 fn io_error(e: StorageError) -> io::Error {
     io::Error::other(e)
@@ -42,6 +43,8 @@ fn weight(entry: &Entry) -> usize {
 struct Tail {
     entries: VecDeque<Entry>,
     bytes: usize,
+    /// Bytes appended since the start, ever growing.
+    appended_bytes: u64,
     /// Last entry of the log, in the tail or not. Advanced by append, set back by truncate.
     last: Option<LogId>,
     /// Last purged entry, inclusive. Advanced by purge.
@@ -138,6 +141,29 @@ impl GroupLog {
     /// The last purged entry.
     pub fn purged(&self) -> Option<LogId> {
         self.tail.lock().purged
+    }
+
+    /// Bytes appended since the start.
+    pub fn appended_bytes(&self) -> u64 {
+        self.tail.lock().appended_bytes
+    }
+
+    /// Makes the log begin behind a snapshot that the state was installed from. To be called before the replica is
+    /// started: a crash may have come between the install and the purge. Entries that the snapshot's leader does not
+    /// have go.
+    pub async fn begin_behind(&mut self, snapshot: LogId) -> io::Result<()> {
+        let (last, purged) = {
+            let tail = self.tail.lock();
+            (tail.last, tail.purged)
+        };
+        if purged >= Some(snapshot) {
+            return Ok(());
+        }
+        let same = last.is_some_and(|l| l.index >= snapshot.index) && self.id_at(snapshot.index)? == snapshot;
+        if !same && last > purged {
+            self.truncate_after(purged).await?;
+        }
+        self.purge(snapshot).await
     }
 
     /// Whether the log reaches back to the group's first entry or to its purge marker: so does every log of ours.
@@ -340,6 +366,7 @@ impl RaftLogStorage<Mainstem> for GroupLog {
                 tail.begins.get_or_insert(index);
                 tail.last = Some(entry.log_id);
                 tail.bytes += weight(&entry);
+                tail.appended_bytes += weight(&entry) as u64;
                 tail.entries.push_back(entry);
             }
         }
@@ -404,7 +431,10 @@ impl RaftLogStorage<Mainstem> for GroupLog {
                 return Ok(());
             }
             tail.purged = Some(upto);
-            tail.last = tail.last.max(Some(upto));
+            // By index: an entry that was never committed may be of a later term and yet lie before a snapshot.
+            if tail.last.is_none_or(|last| last.index <= upto.index) {
+                tail.last = Some(upto);
+            }
             while let Some(front) = tail.entries.front() {
                 if front.log_id.index > upto.index {
                     break;

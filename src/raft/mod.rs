@@ -1,19 +1,28 @@
-//! The only user of openraft: type config, log store, state machine, group handle, registry.
+//! The only user of openraft: type config, log store, state machine, group handle, registry, and the transport between
+//! nodes.
 
 mod codec;
 mod group;
+mod load;
 mod log_store;
-mod network;
+mod members;
+mod purge;
 mod registry;
 mod shard;
+mod snapshot;
 mod state_machine;
+pub mod transport;
 mod types;
+mod watch;
 
 #[cfg(test)]
 mod tests;
 
-pub use group::{BarrierError, Group, GroupStatus, Pending, ProposeError};
-pub use registry::Groups;
+pub use group::{BarrierError, Group, GroupStatus, Origin, Pending, ProposeError, RaftTimings};
+pub use members::{ChangeError, GroupReport, LeaderView, Members, ReplicaReport};
+pub use purge::LogKeep;
+pub use registry::{Groups, GroupsOptions};
 pub use shard::{Positions, ShardDirectory, ShardShared};
 pub use state_machine::{MetaChange, MetaObserver};
 pub use types::Applied;
+pub use watch::GroupEvent;

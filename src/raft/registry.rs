@@ -1,16 +1,21 @@
 //! The replicas that run on this node, and the upkeep they share.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::RwLock;
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-use super::group::{Group, ProposeError};
+use super::group::{Group, Origin, ProposeError, RaftTimings};
 use super::log_store::GroupLog;
+use super::purge::LogKeep;
 use super::shard::{RecentBudget, ShardDirectory};
 use super::state_machine::{GroupContext, GroupMachine, GroupMap, MetaObserver};
+use super::transport::{Peers, RaftHandle, Replicas};
+use super::watch::{self, GroupEvent};
+use crate::base::Tasks;
 use crate::base::metric_names as names;
 use crate::model::{GroupId, ReplicaId, Term};
 use crate::storage::{LogDb, StateDb, Store};
@@ -57,43 +62,122 @@ impl Census {
         self.led.set(f64::from(led));
     }
 }
+/// Events that a slow listener may be behind by; it then misses the oldest.
+const EVENTS_MAX: usize = 1_024;
+/// How long the end of the watchers may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Every replica on this node.
 pub struct Groups {
     context: GroupContext,
     log: LogDb,
     groups: RwLock<GroupMap>,
+    options: GroupsOptions,
+    tasks: Tasks,
+    events: broadcast::Sender<GroupEvent>,
+    /// One start or stop at a time.
+    changing: tokio::sync::Mutex<()>,
+    this: Weak<Groups>,
+}
+
+/// How the replicas of a node run.
+#[derive(Debug, Clone)]
+pub struct GroupsOptions {
+    /// Bounds the recent batches kept for tailing readers.
+    pub recent_bytes: usize,
+    pub timings: RaftTimings,
+    pub keep: LogKeep,
+    /// Without peers, a node has groups of one voter only.
+    pub peers: Option<Peers>,
 }
 
 impl Groups {
-    /// `recent_bytes` bounds the recent batches kept for tailing readers.
+    /// For a node without peers. `recent_bytes` bounds the recent batches kept for tailing readers.
     pub fn new(store: &Store, recent_bytes: usize, observer: Arc<dyn MetaObserver>) -> Arc<Self> {
-        Arc::new(Self {
+        let options = GroupsOptions {
+            recent_bytes,
+            timings: RaftTimings::alone(),
+            keep: LogKeep::default(),
+            peers: None,
+        };
+        Self::with_options(store, options, observer)
+    }
+
+    /// The replicas of a node.
+    pub fn with_options(store: &Store, options: GroupsOptions, observer: Arc<dyn MetaObserver>) -> Arc<Self> {
+        let groups = Arc::new_cyclic(|this| Self {
             context: GroupContext {
                 state: store.state().clone(),
                 directory: Arc::new(ShardDirectory::default()),
-                recent: RecentBudget::new(recent_bytes),
+                recent: RecentBudget::new(options.recent_bytes),
                 observer,
             },
             log: store.log().clone(),
             groups: RwLock::default(),
-        })
+            options: options.clone(),
+            tasks: Tasks::new("raft"),
+            events: broadcast::Sender::new(EVENTS_MAX),
+            changing: tokio::sync::Mutex::default(),
+            this: this.clone(),
+        });
+        if let Some(peers) = options.peers {
+            groups.tasks.spawn(
+                "reconnects",
+                follow_connections(peers, groups.this.clone(), groups.tasks.token()),
+            );
+        }
+        groups
+    }
+
+    /// Starts the only replica of a group, or returns the one that runs.
+    pub async fn start(&self, id: GroupId, replica: ReplicaId) -> Result<Group, ProposeError> {
+        self.start_as(id, replica, Origin::Found(BTreeSet::from([replica])))
+            .await
     }
 
     /// Starts a replica, or returns the one that runs.
-    pub async fn start(&self, id: GroupId, replica: ReplicaId) -> Result<Group, ProposeError> {
+    pub async fn start_as(&self, id: GroupId, replica: ReplicaId, origin: Origin) -> Result<Group, ProposeError> {
+        let stopped = |reason: String| ProposeError::Stopped { group: id, reason };
+        let _changing = self.changing.lock().await;
         if let Some(group) = self.get(id) {
+            if group.replica != replica {
+                let runs = group.replica;
+                return Err(stopped(format!(
+                    "replica {runs} of it runs here, {replica} cannot as well"
+                )));
+            }
             return Ok(group);
         }
-        let stopped = |e: std::io::Error| ProposeError::Stopped {
-            group: id,
-            reason: e.to_string(),
-        };
-        let log = GroupLog::open(self.log.clone(), id).map_err(stopped)?;
-        let machine = GroupMachine::open(id, self.context.clone(), log.clone()).map_err(stopped)?;
-        let group = Group::start(id, replica, log, machine).await?;
+        if let Origin::Found(members) = &origin
+            && !members.contains(&replica)
+        {
+            return Err(stopped(format!("replica {replica} is not among its first members")));
+        }
+        let log = GroupLog::open(self.log.clone(), id).map_err(|e| stopped(e.to_string()))?;
+        let machine = GroupMachine::open(id, self.context.clone(), log.clone()).map_err(|e| stopped(e.to_string()))?;
+        let group = Group::start(id, replica, origin, &self.options, log, machine).await?;
         self.groups.write().insert(id, group.clone());
+        let watcher = watch::watch(self.this.clone(), group.clone(), self.events.clone());
+        self.tasks.spawn(format!("watch-{id}"), watcher);
         Ok(group)
+    }
+
+    /// Ends a replica; its data stays. True if there was one.
+    pub async fn stop(&self, id: GroupId) -> bool {
+        let _changing = self.changing.lock().await;
+        let group = self.groups.write().remove(&id);
+        match group {
+            Some(group) => {
+                group.shutdown().await;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// What happens to the replicas here: leaders, removals, ends.
+    pub fn events(&self) -> broadcast::Receiver<GroupEvent> {
+        self.events.subscribe()
     }
 
     pub fn get(&self, id: GroupId) -> Option<Group> {
@@ -136,11 +220,12 @@ impl Groups {
                         return;
                     }
                     for group in self.all() {
-                        let durable = self.context.state.durable_applied(group.id).map(|index| index.get());
-                        if durable <= group.log().purged().map(|id| id.index) {
+                        let durable = self.context.state.durable_applied(group.id);
+                        let Some(durable) = durable.filter(|d| Some(d.get()) > group.log().purged().map(|id| id.index))
+                        else {
                             continue;
-                        }
-                        if let Err(e) = group.purge_durable().await {
+                        };
+                        if let Err(e) = group.purge_durable(durable).await {
                             tracing::warn!(group = %group.id, error = %e, "the log could not be purged");
                         }
                     }
@@ -154,6 +239,37 @@ impl Groups {
         let groups = std::mem::take(&mut *self.groups.write());
         for group in groups.into_values() {
             group.shutdown().await;
+        }
+        if let Err(e) = self.tasks.drain(PATIENCE).await {
+            tracing::warn!(error = %e, "tasks of the replicas had to be aborted");
+        }
+    }
+}
+
+impl Replicas for Groups {
+    fn find(&self, group: GroupId, replica: ReplicaId) -> Result<RaftHandle, String> {
+        match self.get(group) {
+            Some(found) if found.replica == replica => Ok(found.raft().clone()),
+            Some(found) => Err(format!(
+                "this node hosts replica {} of {group}, not {replica}",
+                found.replica
+            )),
+            None => Err(format!("this node hosts no replica of {group}")),
+        }
+    }
+}
+
+/// When a peer is there again, the groups led here do not wait for their next attempt.
+async fn follow_connections(peers: Peers, groups: Weak<Groups>, token: CancellationToken) {
+    let mut connected = peers.connected();
+    while let Some(Ok(())) = token.run_until_cancelled(connected.changed()).await {
+        let Some(groups) = groups.upgrade() else { return };
+        for group in groups.all() {
+            if group.status().is_leader
+                && let Err(e) = group.raft().trigger().reset_backoff([]).await
+            {
+                tracing::debug!(group = %group.id, error = %e, "the group has ended");
+            }
         }
     }
 }

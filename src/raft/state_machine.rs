@@ -17,8 +17,11 @@ use parking_lot::Mutex;
 use prost::Message;
 
 use super::codec;
+use super::load;
 use super::log_store::GroupLog;
+use super::purge::PurgeHold;
 use super::shard::{Positions, RecentBudget, ShardDirectory, ShardShared};
+use super::snapshot::{Content, GroupSnapshot, Pin};
 use super::types::{Applied, LogId, Mainstem, StoredMembership};
 use crate::base::metric_names as names;
 use crate::machine::port::{MetaKind, ShardSink};
@@ -45,13 +48,6 @@ pub enum MetaChange {
 pub trait MetaObserver: Send + Sync + 'static {
     /// Called once at start with everything, then with each change. Must be quick and must not block.
     fn changed(&self, changes: &[MetaChange]);
-}
-
-/// A snapshot of a group. On the node that built it, it stands for the durable state itself and carries no data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GroupSnapshot {
-    /// How many shards the group held.
-    pub shards: usize,
 }
 
 fn io_error(e: StorageError) -> io::Error {
@@ -103,6 +99,10 @@ pub struct GroupMachine {
     /// True position of `state/`. Entries at or below are skipped.
     applied: Option<LogId>,
     membership: StoredMembership,
+    /// The snapshot that the state was last installed from. The log begins behind it.
+    installed: Option<LogId>,
+    /// What the log must keep for other replicas.
+    hold: Arc<PurgeHold>,
     /// The snapshot openraft may purge up to.
     snapshot: Arc<Mutex<Option<SnapshotMeta>>>,
     apply_duration: metrics::Histogram,
@@ -112,59 +112,34 @@ impl GroupMachine {
     /// Loads what `state/` holds of the group.
     pub fn open(group: GroupId, context: GroupContext, log: GroupLog) -> io::Result<Self> {
         let state = &context.state;
-        let (applied, membership) = match state.applied(group).map_err(io_error)? {
-            None => (None, StoredMembership::default()),
-            Some((_, raw)) => codec::decode_marker(&raw)?,
+        let marker = match state.applied(group).map_err(io_error)? {
+            None => codec::Marker {
+                applied: None,
+                membership: StoredMembership::default(),
+                installed: None,
+            },
+            Some((_, raw)) => codec::Marker::decode(&raw)?,
         };
-        let mut shards = Vec::new();
+        let (applied, membership) = (marker.applied, marker.membership);
+        let machine = load::machine(group, state)?;
+        let term = applied.map_or(Term::new(0), |a| Term::new(a.leader_id.term));
         let mut shared = HashMap::new();
-        for (shard, owner, raw) in state.shards().map_err(io_error)? {
-            if owner != group {
-                continue;
-            }
-            let producers = state.producers(shard).map_err(io_error)?;
-            let id_blocks = state.id_blocks(shard).map_err(io_error)?;
-            let machine = ShardMachine::load(
-                shard,
-                group,
-                &raw,
-                producers.iter().map(|(id, raw)| (*id, raw.as_ref())),
-                id_blocks.iter().map(|(at, raw)| (*at, raw.as_ref())),
-            )
-            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;
-            let face = ShardShared::new(shard, group, context.recent.clone());
-            let term = applied.map_or(Term::new(0), |a| Term::new(a.leader_id.term));
-            face.publish(positions(&machine, term));
+        for shard in machine.shards() {
+            let face = ShardShared::new(shard.shard(), group, context.recent.clone());
+            face.publish(positions(shard, term));
             context.directory.insert(face.clone());
-            shared.insert(shard, face);
-            shards.push(machine);
+            shared.insert(shard.shard(), face);
         }
-        let machine = if group == GroupId::META {
-            let mut records = Vec::new();
-            for kind in [
-                MetaKind::Cluster,
-                MetaKind::Node,
-                MetaKind::Group,
-                MetaKind::Stream,
-                MetaKind::Request,
-            ] {
-                for (key, raw) in state.meta_records(kind).map_err(io_error)? {
-                    records.push((kind, key, raw));
-                }
-            }
-            let meta = MetaMachine::load(
-                records
-                    .iter()
-                    .map(|(kind, key, raw)| (*kind, key.as_ref(), raw.as_ref())),
-            )
-            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;
-            context.observer.changed(&everything(&meta));
-            machine::GroupMachine::meta_group(meta)
-        } else {
-            machine::GroupMachine::data(group, shards)
-        };
+        if let Some(meta) = machine.meta() {
+            context.observer.changed(&everything(meta));
+        }
         // Once the log is purged openraft must find a snapshot; what `state/` held at the start is durable.
-        let snapshot = log.purged().and(applied).map(|id| SnapshotMeta {
+        let reported = if log.reaches_back() {
+            applied.min(log.last())
+        } else {
+            applied
+        };
+        let snapshot = log.purged().and(reported).map(|id| SnapshotMeta {
             last_log_id: Some(id),
             last_membership: membership.clone(),
         });
@@ -176,9 +151,69 @@ impl GroupMachine {
             shared,
             applied,
             membership,
+            installed: marker.installed,
+            hold: Arc::default(),
             snapshot: Arc::new(Mutex::new(snapshot)),
             apply_duration: metrics::histogram!(names::RAFT_APPLY_DURATION_SECONDS),
         })
+    }
+
+    /// The snapshot that the state was last installed from. The log must begin behind it before anything is started.
+    pub fn installed(&self) -> Option<LogId> {
+        self.installed
+    }
+
+    /// What the log must keep for other replicas; shared with the one who knows of them.
+    pub fn hold(&self) -> Arc<PurgeHold> {
+        self.hold.clone()
+    }
+
+    /// What is applied, so far as the log has it. `state/` may be ahead of what the log kept through a power failure
+    /// (trap C). Reporting more than the log holds would make openraft purge up to there; entries that are applied
+    /// already are skipped in apply.
+    fn reported(&self) -> Option<LogId> {
+        if self.log.reaches_back() {
+            self.applied.min(self.log.last())
+        } else {
+            self.applied
+        }
+    }
+
+    /// After `state/` was replaced: everything that was read from it is read again, and told.
+    fn reload(&mut self) -> io::Result<()> {
+        let before = std::mem::replace(&mut self.machine, load::machine(self.group, &self.context.state)?);
+        let gone: Vec<_> = (self.shared.keys().copied())
+            .filter(|shard| self.machine.shard(*shard).is_none())
+            .collect();
+        for shard in gone {
+            self.retire(shard);
+        }
+        let term = self.applied.map_or(Term::new(0), |a| Term::new(a.leader_id.term));
+        for machine in self.machine.shards() {
+            let shard = machine.shard();
+            let face = (self.shared.entry(shard))
+                .or_insert_with(|| ShardShared::new(shard, self.group, self.context.recent.clone()));
+            face.clear_recent();
+            face.publish(positions(machine, term));
+            self.context.directory.insert(face.clone());
+        }
+        if let (Some(before), Some(meta)) = (before.meta(), self.machine.meta()) {
+            let mut changes = forgotten(before, meta);
+            changes.extend(everything(meta));
+            self.context.observer.changed(&changes);
+        }
+        Ok(())
+    }
+
+    /// A shard is not here any more.
+    fn retire(&mut self, shard: ShardId) {
+        if let Some(face) = self.shared.remove(&shard) {
+            let mut last = face.positions();
+            last.removed = true;
+            face.clear_recent();
+            face.publish(last);
+            self.context.directory.remove(shard);
+        }
     }
 
     fn apply_command(&mut self, id: &LogId, raw: Bytes, batch: &mut StateBatch) -> io::Result<(Applied, Touched)> {
@@ -210,15 +245,7 @@ impl GroupMachine {
     fn publish(&mut self, touched: Touched) {
         if let Some(shard) = touched.shard {
             match self.machine.shard(shard) {
-                None => {
-                    if let Some(face) = self.shared.remove(&shard) {
-                        let mut last = face.positions();
-                        last.removed = true;
-                        face.clear_recent();
-                        face.publish(last);
-                        self.context.directory.remove(shard);
-                    }
-                }
+                None => self.retire(shard),
                 Some(machine) => {
                     let new = !self.shared.contains_key(&shard);
                     let face = self
@@ -244,7 +271,7 @@ impl GroupMachine {
     }
 
     fn marker(&self) -> Bytes {
-        codec::encode_marker(self.applied.as_ref(), &self.membership)
+        codec::encode_marker(self.applied.as_ref(), &self.membership, self.installed.as_ref())
     }
 }
 
@@ -288,6 +315,21 @@ fn everything(meta: &MetaMachine) -> Vec<MetaChange> {
         .chain(meta.nodes().cloned().map(MetaChange::Node))
         .chain(meta.groups().cloned().map(MetaChange::Group))
         .chain(meta.streams().cloned().map(MetaChange::Stream))
+        .collect()
+}
+
+/// What was in one catalog and is not in the other.
+fn forgotten(before: &MetaMachine, now: &MetaMachine) -> Vec<MetaChange> {
+    let groups = before.groups().map(|g| GroupId::new(g.group_id));
+    let streams = before.streams().filter_map(|s| StreamId::parse(&s.stream_id));
+    groups
+        .filter(|g| now.group(*g).is_none())
+        .map(MetaChange::GroupForgotten)
+        .chain(
+            streams
+                .filter(|s| now.stream(*s).is_none())
+                .map(MetaChange::StreamForgotten),
+        )
         .collect()
 }
 
@@ -404,14 +446,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
     type SnapshotBuilder = Builder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembershipOf<Mainstem>), io::Error> {
-        // `state/` may be ahead of what the log kept through a power failure (trap C). Reporting more than the log
-        // holds would make openraft purge up to there; entries that are applied already are skipped in apply.
-        let applied = if self.log.reaches_back() {
-            self.applied.min(self.log.last())
-        } else {
-            self.applied
-        };
-        Ok((applied, self.membership.clone()))
+        Ok((self.reported(), self.membership.clone()))
     }
 
     async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
@@ -453,7 +488,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
         if !force {
             // Triggered by us after a flush: up to what that flush made durable, nothing to write.
-            let index = self.context.state.durable_applied(self.group)?.get();
+            let index = self.hold.limit(self.context.state.durable_applied(self.group)?.get())?;
             let current = self
                 .snapshot
                 .lock()
@@ -505,32 +540,43 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
         if self.applied >= meta.last_log_id {
             return Ok(());
         }
-        if snapshot.shards > 0 || !self.shared.is_empty() {
-            // Data travels between nodes only once there are several; a single voter never gets here.
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                format!(
-                    "{}: a snapshot with shard data cannot be installed by this version",
-                    self.group
-                ),
-            ));
-        }
+        let staged = match snapshot.content {
+            Content::Received(staged) => staged,
+            Content::Pinned(pin) => pin.copy_to(&self.context.state).await?,
+            Content::Local => {
+                let what = format!("{}: a snapshot without its data cannot be installed", self.group);
+                return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+            }
+        };
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
-        let mut batch = self.context.state.batch();
-        let index = meta.last_log_id.map_or(0, |l| l.index);
-        batch.set_applied(self.group, LogIndex::new(index), &self.marker());
-        write(&self.context.state, batch)?;
-        flush(&self.context.state).await?;
+        self.installed = meta.last_log_id;
+        let index = LogIndex::new(meta.last_log_id.map_or(0, |l| l.index));
+        let (state, marker) = (self.context.state.clone(), self.marker());
+        let switch = tokio::task::spawn_blocking(move || state.install_group(staged, index, &marker));
+        switch.await.map_err(io::Error::other)?.map_err(io_error)?;
+        self.reload()?;
         *self.snapshot.lock() = Some(meta.clone());
+        self.log.set_applied(index.get());
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        Ok(self.snapshot.lock().clone().map(|meta| Snapshot {
-            meta,
+        if self.snapshot.lock().is_none() {
+            return Ok(None);
+        }
+        // What is sent is the state of now: nothing is applied while this runs.
+        let Some(pin) = Pin::new(&self.context.state, self.group).await? else {
+            return Ok(None);
+        };
+        Ok(Some(Snapshot {
+            meta: SnapshotMeta {
+                last_log_id: self.reported(),
+                last_membership: self.membership.clone(),
+            },
             snapshot: GroupSnapshot {
                 shards: self.shared.len(),
+                content: Content::Pinned(pin),
             },
         }))
     }
@@ -558,7 +604,7 @@ impl RaftSnapshotBuilder<Mainstem> for Builder {
         }
         Ok(Snapshot {
             meta: self.meta.clone(),
-            snapshot: GroupSnapshot { shards: self.shards },
+            snapshot: GroupSnapshot::local(self.shards),
         })
     }
 }

@@ -22,6 +22,8 @@ use crate::model::{GroupId, Sequence, ShardId};
 use crate::storage::{Store, StoreOptions};
 use crate::wire::internal as pb;
 
+mod snapshots;
+
 const GROUP: GroupId = GroupId::new(7);
 const SHARD: ShardId = ShardId::new(3);
 

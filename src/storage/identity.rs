@@ -97,13 +97,15 @@ impl Identity {
     }
 }
 
-fn seal(mut body: String) -> String {
+/// Appends a line with the CRC of what is before it.
+pub fn seal(mut body: String) -> String {
     let crc = crc32fast::hash(body.as_bytes());
     body.push_str(&format!("crc {crc:08x}\n"));
     body
 }
 
-fn unseal(text: &str) -> Result<&str, TextFault> {
+/// Checks and takes off the line that [`seal`] appended.
+pub fn unseal(text: &str) -> Result<&str, TextFault> {
     let cut = text
         .strip_suffix('\n')
         .and_then(|t| t.rfind('\n'))

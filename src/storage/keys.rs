@@ -309,6 +309,11 @@ pub fn all_id_floors() -> KeyRange {
     prefix_range(vec![ID_FLOOR])
 }
 
+/// All meta records.
+pub fn all_meta() -> KeyRange {
+    prefix_range(vec![META])
+}
+
 /// All meta records of a kind.
 pub fn meta_of(kind: u8) -> KeyRange {
     prefix_range(vec![META, kind])

@@ -10,11 +10,12 @@
 //! | `witness.rs`, `wal_check.rs`, `log_open.rs` | a log that lost something knows it |
 //! | `log.rs` | Raft entries, votes, purge markers |
 //! | `state.rs`, `state_batch.rs`, `state_read.rs` | applied state: writing, flushing, reading |
+//! | `state_export.rs`, `state_install.rs` | the state of one group, for another node and from one |
 //! | `floors.rs`, `reclaim.rs` | trims, and giving their space back |
 //! | `upkeep.rs`, `space.rs` | background threads, free space |
 //!
-//! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `clock`, `log/`, `state/`, and `aside/` for bytes that were
-//! cut off or set aside and are kept for inspection.
+//! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `clock`, `log/`, `state/`, `incoming/` for snapshots that
+//! are being received, and `aside/` for bytes that were cut off or set aside and are kept for inspection.
 
 mod clock_file;
 mod committer;
@@ -40,6 +41,8 @@ mod shared;
 mod space;
 mod state;
 mod state_batch;
+mod state_export;
+mod state_install;
 mod state_read;
 mod store;
 mod upkeep;
@@ -57,5 +60,7 @@ pub use shared::DamageNote;
 pub use space::Space;
 pub use state::StateDb;
 pub use state_batch::StateBatch;
+pub use state_export::Exported;
+pub use state_install::{StageError, StagedGroup};
 pub use state_read::BatchScan;
 pub use store::Store;

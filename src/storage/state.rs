@@ -53,6 +53,8 @@ pub(super) struct StateInner {
     pub shard_gate: RwLock<()>,
     /// Up to which batch each shard's trimmed ones were removed physically. Only this run's; 0 at first.
     pub removed: Mutex<HashMap<ShardId, u64>>,
+    /// Exports that run. As long as there are any, no floor becomes durable, so that nothing they read goes for good.
+    pub exports: AtomicUsize,
     pub _lock: Arc<DirLock>,
 }
 
@@ -197,7 +199,7 @@ impl StateDb {
                     .flush_cfs_opt(&[inner.index(), inner.batches()], &rocksdb::FlushOptions::default())
             })
             .map_err(|e| inner.shared.poison("flushing state/", e))?;
-        {
+        if inner.exports.load(Ordering::SeqCst) == 0 {
             // A shard dropped meanwhile must not get its old floor back.
             let now = inner.floors.read();
             let still: FloorTable = floors

@@ -69,6 +69,11 @@ impl StateBatch {
         self.writes.put(&self.key, &self.value);
     }
 
+    /// Removes every record of the meta group.
+    pub(super) fn drop_all_meta(&mut self) {
+        self.delete_range(keys::all_meta());
+    }
+
     fn delete(&mut self, key: &Key<'_>) {
         self.writes.delete(key.encode());
     }

@@ -440,9 +440,13 @@ fn open_state(
         flush_wanted: Condvar::new(),
         shard_gate: RwLock::new(()),
         removed: Mutex::default(),
+        exports: AtomicUsize::new(0),
         _lock: lock.clone(),
     }));
-    state.load().map_err(|e| damaged(e.to_string()))?;
+    state
+        .load()
+        .and_then(|()| state.recover_incoming())
+        .map_err(|e| damaged(e.to_string()))?;
     Ok(state)
 }
 

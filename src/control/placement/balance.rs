@@ -66,7 +66,11 @@ impl Planner<'_> {
                 };
                 let there = zones.get(self.zone(node)).copied().unwrap_or(0);
                 if there < here {
-                    found = Some((replica, node, format!("zone {:?} holds {} of its replicas", self.zone(replica.node), here + 1)));
+                    found = Some((
+                        replica,
+                        node,
+                        format!("zone {:?} holds {} of its replicas", self.zone(replica.node), here + 1),
+                    ));
                     break;
                 }
             }
@@ -75,7 +79,14 @@ impl Planner<'_> {
             if standing.obstacle().is_some() {
                 continue;
             }
-            self.change(&standing, vec![node], vec![replica.id], ChangeReason::Balance, why, String::new());
+            self.change(
+                &standing,
+                vec![node],
+                vec![replica.id],
+                ChangeReason::Balance,
+                why,
+                String::new(),
+            );
             self.busy.insert(group.id);
         }
     }
@@ -105,9 +116,16 @@ impl Planner<'_> {
             // One that does not lead there is moved without a hand-over.
             let leads = |group: &&GroupShape| {
                 let leader = self.reports.groups.get(&group.id).map(|report| report.leader);
-                group.voters().any(|replica| replica.node == from && Some(replica.id) == leader)
+                group
+                    .voters()
+                    .any(|replica| replica.node == from && Some(replica.id) == leader)
             };
-            let Some(group) = view.groups.values().filter(fits).min_by_key(|group| (leads(group), group.id)) else {
+            let Some(group) = view
+                .groups
+                .values()
+                .filter(fits)
+                .min_by_key(|group| (leads(group), group.id))
+            else {
                 continue;
             };
             let Some(replica) = group.voters().find(|replica| replica.node == from) else {
@@ -119,7 +137,14 @@ impl Planner<'_> {
                 self.name(to)
             );
             let standing = self.standing(group);
-            self.change(&standing, vec![to], vec![replica.id], ChangeReason::Balance, why, String::new());
+            self.change(
+                &standing,
+                vec![to],
+                vec![replica.id],
+                ChangeReason::Balance,
+                why,
+                String::new(),
+            );
             self.busy.insert(group.id);
             return true;
         }

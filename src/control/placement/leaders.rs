@@ -57,12 +57,16 @@ impl Planner<'_> {
             let handed_over = |action: &super::Action| {
                 matches!(action.step, Step::TransferLeader { .. }) && action.step.group() == Some(group.id)
             };
-            let Some((from, node)) = self.leader_of(group) else { continue };
+            let Some((from, node)) = self.leader_of(group) else {
+                continue;
+            };
             let joint = group.change.as_ref().is_some_and(|change| change.ready);
             if self.is_active(node) || !self.is_live(node) || joint || self.actions.iter().any(handed_over) {
                 continue;
             }
-            let Some(to) = self.successor(group, from, &[]) else { continue };
+            let Some(to) = self.successor(group, from, &[]) else {
+                continue;
+            };
             let why = format!("{} is drained", self.name(node));
             self.move_leader(group, from, to);
             let group = group.id;
@@ -81,7 +85,9 @@ impl Planner<'_> {
         // From node to node: groups that could be handed over so, each with who leads and who would.
         let mut edges: BTreeMap<NodeId, BTreeMap<NodeId, Vec<(GroupId, ReplicaId, ReplicaId)>>> = BTreeMap::new();
         for group in view.groups.values().filter(|group| !self.busy.contains(&group.id)) {
-            let Some((leader, from)) = self.leader_of(group) else { continue };
+            let Some((leader, from)) = self.leader_of(group) else {
+                continue;
+            };
             if !self.is_active(from) {
                 continue;
             }
@@ -92,7 +98,9 @@ impl Planner<'_> {
         }
         let mut moved: BTreeSet<GroupId> = BTreeSet::new();
         while moved.len() < TRANSFERS_MAX {
-            let Some(path) = self.leader_path(&edges, &moved) else { break };
+            let Some(path) = self.leader_path(&edges, &moved) else {
+                break;
+            };
             for (group, from, to) in path {
                 moved.insert(group);
                 let Some(shape) = view.groups.get(&group) else { continue };

@@ -76,7 +76,10 @@ impl<'a> Planner<'a> {
                     node.replicas += 1;
                 }
             }
-            let leader = reports.groups.get(&group.id).and_then(|report| group.replica(report.leader));
+            let leader = reports
+                .groups
+                .get(&group.id)
+                .and_then(|report| group.replica(report.leader));
             if let Some(node) = leader.and_then(|leader| nodes.get_mut(&leader.node)) {
                 node.leaders += 1;
             }

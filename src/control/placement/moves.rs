@@ -15,7 +15,12 @@ impl Planner<'_> {
         for moving in &view.moves {
             let why = match moving.record.reason() {
                 ChangeReason::Scale => "its stream wants other replicas than its group has".to_string(),
-                reason => format!("on its way from {} to {} ({})", moving.from, moving.to, reason.as_str_name()),
+                reason => format!(
+                    "on its way from {} to {} ({})",
+                    moving.from,
+                    moving.to,
+                    reason.as_str_name()
+                ),
             };
             let (step, blocked) = self.next_step(moving);
             match blocked {
@@ -86,7 +91,9 @@ impl Planner<'_> {
         let view = self.view;
         let mut under_way = view.moves.len();
         for split in &view.splits {
-            let Some(group) = view.groups.get(&split.group) else { continue };
+            let Some(group) = view.groups.get(&split.group) else {
+                continue;
+            };
             let step = Step::SplitShard {
                 stream: split.stream,
                 shard: split.shard,

@@ -39,7 +39,9 @@ impl MetaMachine {
     pub(super) fn unindex_moves(&mut self, stream: &pb::StreamRecord) {
         for (shard, moving) in moves(stream) {
             for group in [moving.from_group, moving.to_group].map(GroupId::new) {
-                let Some(shards) = self.moves.get_mut(&group) else { continue };
+                let Some(shards) = self.moves.get_mut(&group) else {
+                    continue;
+                };
                 shards.remove(&shard);
                 if shards.is_empty() {
                     self.moves.remove(&group);
@@ -196,7 +198,10 @@ impl MetaMachine {
             MoveStep::Sealed => {}
             MoveStep::Adopted => return Ok(MetaOutcome::ShardMoving(Arc::new(stream))),
             MoveStep::Planned | MoveStep::Unspecified => {
-                return Err(bad(format!("shard {} is not sealed: seal before adopt", adopted.shard_id)));
+                return Err(bad(format!(
+                    "shard {} is not sealed: seal before adopt",
+                    adopted.shard_id
+                )));
             }
         }
         let mut from = self.known_group(moving.from_group)?;

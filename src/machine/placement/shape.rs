@@ -123,7 +123,9 @@ impl GroupShape {
 
     /// Its voters, in the order of their making.
     pub fn voters(&self) -> impl Iterator<Item = &ReplicaShape> {
-        self.replicas.iter().filter(|replica| replica.role == ReplicaRole::Voter)
+        self.replicas
+            .iter()
+            .filter(|replica| replica.role == ReplicaRole::Voter)
     }
 
     /// A replica of it.

@@ -1,0 +1,296 @@
+//! The called side of a session after its handshake: requests go to the replicas here, answers come back in order per
+//! append stream. One task per session: replicas that are slow keep their requests in their own queues, which the
+//! caller's windows bound, and hold up nobody else.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{BoxStream, FuturesUnordered, SelectAll};
+use futures_util::{FutureExt, Stream, StreamExt};
+use openraft::Raft;
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest};
+use parking_lot::Mutex;
+
+use super::append::REQUESTS_MAX;
+use super::convert;
+use super::outbox::{Lane, Outbox};
+use crate::model::{GroupId, ReplicaId};
+use crate::raft::codec::{log_id_from_pb, vote_from_pb, vote_to_pb};
+use crate::raft::state_machine::GroupMachine;
+use crate::raft::types::Mainstem;
+use crate::wire::internal as pb;
+
+/// Append streams of a session.
+const STREAMS_MAX: usize = 65_536;
+/// Calls of a session that are under way.
+const CALLS_MAX: usize = 16_384;
+
+pub(in crate::raft) type RaftHandle = Raft<Mainstem, GroupMachine>;
+
+/// Finds the replicas of this node.
+pub(in crate::raft) trait Replicas: Send + Sync + 'static {
+    /// The replica, if it runs here. The text of an error is for the caller's log.
+    fn find(&self, group: GroupId, replica: ReplicaId) -> Result<RaftHandle, String>;
+}
+
+/// Requests of one stream on their way to the replica.
+#[derive(Default)]
+struct Requests {
+    waiting: VecDeque<AppendEntriesRequest<Mainstem>>,
+    closed: bool,
+    reader: Option<Waker>,
+}
+
+#[derive(Clone, Default)]
+struct RequestQueue(Arc<Mutex<Requests>>);
+
+impl RequestQueue {
+    /// False: more than the protocol allows.
+    fn push(&self, request: AppendEntriesRequest<Mainstem>) -> bool {
+        let waker = {
+            let mut requests = self.0.lock();
+            if requests.waiting.len() >= REQUESTS_MAX {
+                return false;
+            }
+            requests.waiting.push_back(request);
+            requests.reader.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        true
+    }
+
+    /// Ends the stream and forgets what has not reached the replica: nobody waits for it any more.
+    fn close(&self) {
+        let waker = {
+            let mut requests = self.0.lock();
+            requests.closed = true;
+            requests.waiting = VecDeque::new();
+            requests.reader.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Stream for RequestQueue {
+    type Item = AppendEntriesRequest<Mainstem>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut requests = self.0.lock();
+        if let Some(request) = requests.waiting.pop_front() {
+            return Poll::Ready(Some(request));
+        }
+        if requests.closed {
+            return Poll::Ready(None);
+        }
+        requests.reader = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+type Answers = BoxStream<'static, (u64, pb::appended::Result)>;
+
+/// The requests of one session that are under way.
+pub(super) struct Dispatch {
+    replicas: Arc<dyn Replicas>,
+    outbox: Outbox,
+    streams: HashMap<u64, RequestQueue>,
+    answers: SelectAll<Answers>,
+    calls: FuturesUnordered<BoxFuture<'static, pb::CallAnswer>>,
+}
+
+impl Dispatch {
+    pub fn new(replicas: Arc<dyn Replicas>, outbox: Outbox) -> Self {
+        Self {
+            replicas,
+            outbox,
+            streams: HashMap::new(),
+            answers: SelectAll::new(),
+            calls: FuturesUnordered::new(),
+        }
+    }
+
+    /// Sends the answers that are ready. Returns when the caller reads no more; otherwise it goes on for ever. May be
+    /// cancelled.
+    pub async fn answer(&mut self) {
+        loop {
+            tokio::select! {
+                Some((stream, result)) = self.answers.next(), if !self.answers.is_empty() => {
+                    if !matches!(result, pb::appended::Result::Matched(_)) {
+                        self.close(stream);
+                    }
+                    if !self.appended(stream, result) {
+                        return;
+                    }
+                }
+                Some(answer) = self.calls.next(), if !self.calls.is_empty() => {
+                    if self.outbox.push(Lane::Urgent, pb::peer_message::Kind::Answer(answer), 128).is_err() {
+                        return;
+                    }
+                }
+                else => return std::future::pending().await,
+            }
+        }
+    }
+
+    fn appended(&self, stream: u64, result: pb::appended::Result) -> bool {
+        let appended = pb::Appended {
+            stream,
+            result: Some(result),
+        };
+        let kind = pb::peer_message::Kind::Appended(appended);
+        self.outbox.push(Lane::Bulk, kind, 64).is_ok()
+    }
+
+    fn close(&mut self, stream: u64) {
+        if let Some(queue) = self.streams.remove(&stream) {
+            queue.close();
+        }
+    }
+
+    /// Takes requests. `Err`: the caller does not keep to the protocol, or reads no more.
+    pub fn requests(&mut self, frame: pb::PeerFrame) -> Result<(), &'static str> {
+        if frame.handshake.is_some() {
+            return Err("a handshake in the middle of a session");
+        }
+        for message in frame.messages {
+            match message.kind {
+                Some(pb::peer_message::Kind::Append(append)) => self.append(append)?,
+                Some(pb::peer_message::Kind::AppendEnd(end)) => self.close(end.stream),
+                Some(pb::peer_message::Kind::Heartbeat(call)) => {
+                    let replica = self.find(call.group_id, call.to_replica);
+                    self.call(call.call, async move { heartbeat(replica?, &call).await }.boxed())?;
+                }
+                Some(pb::peer_message::Kind::Vote(call)) => {
+                    let replica = self.find(call.group_id, call.to_replica);
+                    self.call(call.call, async move { vote(replica?, &call).await }.boxed())?;
+                }
+                Some(pb::peer_message::Kind::Transfer(call)) => {
+                    let replica = self.find(call.group_id, call.to_replica);
+                    self.call(call.call, async move { transfer(replica?, &call).await }.boxed())?;
+                }
+                Some(pb::peer_message::Kind::Appended(_) | pb::peer_message::Kind::Answer(_)) => {
+                    return Err("an answer where requests are expected");
+                }
+                None => return Err("a request of a kind this version does not know"),
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, group: u64, replica: u64) -> Result<RaftHandle, String> {
+        self.replicas.find(GroupId::new(group), ReplicaId::new(replica))
+    }
+
+    fn call(
+        &mut self,
+        call: u64,
+        work: BoxFuture<'static, Result<pb::call_answer::Result, String>>,
+    ) -> Result<(), &'static str> {
+        if self.calls.len() >= CALLS_MAX {
+            return Err("more calls than allowed");
+        }
+        let answer = work.map(move |result| pb::CallAnswer {
+            call,
+            result: Some(result.unwrap_or_else(pb::call_answer::Result::Error)),
+        });
+        self.calls.push(answer.boxed());
+        Ok(())
+    }
+
+    fn append(&mut self, mut append: pb::Append) -> Result<(), &'static str> {
+        let id = append.stream;
+        if let Some(open) = append.open.take() {
+            if self.streams.len() >= STREAMS_MAX || self.streams.contains_key(&id) {
+                return Err("more append streams than allowed, or one twice");
+            }
+            match self.find(open.group_id, open.to_replica) {
+                Ok(raft) => {
+                    let queue = RequestQueue::default();
+                    self.streams.insert(id, queue.clone());
+                    let answers = raft.stream_append(queue).map(move |result| match result {
+                        Ok(result) => (id, convert::appended_to_pb(&result)),
+                        Err(fatal) => (id, pb::appended::Result::Error(fatal.to_string())),
+                    });
+                    self.answers.push(answers.boxed());
+                }
+                Err(text) => {
+                    return self
+                        .appended(id, pb::appended::Result::Error(text))
+                        .then_some(())
+                        .ok_or("it reads no answers");
+                }
+            }
+        }
+        // One that has ended here: the caller knows by now, or soon.
+        let Some(queue) = self.streams.get(&id) else {
+            return Ok(());
+        };
+        match convert::append_from_pb(append) {
+            Ok(request) => queue
+                .push(request)
+                .then_some(())
+                .ok_or("more requests than the window allows"),
+            Err(e) => {
+                self.close(id);
+                self.appended(id, pb::appended::Result::Error(e.to_string()))
+                    .then_some(())
+                    .ok_or("it reads no answers")
+            }
+        }
+    }
+}
+
+impl Drop for Dispatch {
+    fn drop(&mut self) {
+        for queue in self.streams.values() {
+            queue.close();
+        }
+    }
+}
+
+async fn heartbeat(raft: RaftHandle, call: &pb::Heartbeat) -> Result<pb::call_answer::Result, String> {
+    let request = convert::heartbeat_from_pb(call).map_err(|e| e.to_string())?;
+    let answer = raft.append_entries(request).await.map_err(|e| e.to_string())?;
+    let result = match answer {
+        AppendEntriesResponse::Success | AppendEntriesResponse::PartialSuccess(_) => {
+            pb::heartbeat_answer::Result::Success(pb::Blank {})
+        }
+        AppendEntriesResponse::Conflict => pb::heartbeat_answer::Result::Conflict(pb::Blank {}),
+        AppendEntriesResponse::HigherVote(vote) => pb::heartbeat_answer::Result::HigherVote(vote_to_pb(&vote)),
+    };
+    Ok(pb::call_answer::Result::Heartbeat(pb::HeartbeatAnswer {
+        result: Some(result),
+    }))
+}
+
+async fn vote(raft: RaftHandle, call: &pb::VoteCall) -> Result<pb::call_answer::Result, String> {
+    let request = convert::vote_request_from_pb(call).map_err(|e| e.to_string())?;
+    let answer = if call.pre_vote {
+        raft.pre_vote(request).await
+    } else {
+        raft.vote(request).await
+    };
+    let answer = answer.map_err(|e| e.to_string())?;
+    Ok(pb::call_answer::Result::Vote(convert::vote_answer_to_pb(&answer)))
+}
+
+async fn transfer(raft: RaftHandle, call: &pb::TransferCall) -> Result<pb::call_answer::Result, String> {
+    let from = call
+        .from_leader
+        .as_ref()
+        .map(vote_from_pb)
+        .ok_or("a transfer without a vote")?;
+    let last = call.last.as_ref().map(log_id_from_pb);
+    let request = TransferLeaderRequest::new(from, call.to_leader, last);
+    let answer = raft.handle_transfer_leader(request).await.map_err(|e| e.to_string())?;
+    Ok(pb::call_answer::Result::Transfer(pb::TransferAnswer {
+        rejected: answer.err().map(|e| e.to_string()),
+    }))
+}

@@ -1,0 +1,207 @@
+//! The calling side of a session: calls that wait for their answer, append streams that wait for theirs, and the
+//! budget of bytes that the peer may leave unanswered.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::append::REQUESTS_MAX;
+use super::config::PeerConfig;
+use super::outbox::{Lane, Outbox};
+use crate::model::{GroupId, NodeId, ReplicaId};
+use crate::wire::internal as pb;
+
+/// Calls that wait for an answer at a time; there is at most a handful per group.
+const CALLS_MAX: usize = 16_384;
+
+type CallResult = pb::call_answer::Result;
+
+/// What a session's owner needs to know of a peer's silence.
+pub(super) struct Session {
+    pub node: NodeId,
+    outbox: Outbox,
+    pub budget: Arc<Semaphore>,
+    pub budget_bytes: usize,
+    pub stream_bytes_max: usize,
+    pub append_timeout: Duration,
+    calls: Mutex<HashMap<u64, oneshot::Sender<CallResult>>>,
+    streams: Mutex<HashMap<u64, mpsc::Sender<Option<pb::appended::Result>>>>,
+    next: AtomicU64,
+    ended: CancellationToken,
+    reason: OnceLock<String>,
+}
+
+impl Session {
+    pub fn new(node: NodeId, config: &PeerConfig, outbox: Outbox) -> Arc<Self> {
+        let budget_bytes = config.inflight_bytes_max.clamp(1, u32::MAX as usize >> 4);
+        Arc::new(Self {
+            node,
+            outbox,
+            budget: Arc::new(Semaphore::new(budget_bytes)),
+            budget_bytes,
+            stream_bytes_max: config.stream_bytes_max,
+            append_timeout: config.append_timeout,
+            calls: Mutex::default(),
+            streams: Mutex::default(),
+            next: AtomicU64::new(1),
+            ended: CancellationToken::new(),
+            reason: OnceLock::new(),
+        })
+    }
+
+    /// Cancelled when the session has ended.
+    pub fn ended(&self) -> &CancellationToken {
+        &self.ended
+    }
+
+    /// Why it ended.
+    pub fn reason(&self) -> String {
+        self.reason.get().cloned().unwrap_or_else(|| "the session ended".into())
+    }
+
+    /// Bytes that the peer has not answered.
+    pub fn unanswered_bytes(&self) -> usize {
+        self.budget_bytes.saturating_sub(self.budget.available_permits())
+    }
+
+    /// Ends the session: whoever waits for an answer is told.
+    pub fn end(&self, reason: impl Into<String>) {
+        // The first reason stays.
+        let _ = self.reason.set(reason.into());
+        self.ended.cancel();
+        self.outbox.abandon();
+        self.calls.lock().clear();
+        self.streams.lock().clear();
+    }
+
+    /// Takes answers. `Err`: the peer does not keep to the protocol.
+    pub fn answers(&self, frame: pb::PeerFrame) -> Result<(), &'static str> {
+        if frame.handshake.is_some() {
+            return Err("a handshake in the middle of a session");
+        }
+        for message in frame.messages {
+            match message.kind {
+                Some(pb::peer_message::Kind::Appended(appended)) => {
+                    let streams = self.streams.lock();
+                    // One that is not there was given up: its answers come late.
+                    if let Some(stream) = streams.get(&appended.stream) {
+                        stream.try_send(appended.result).or_else(|e| match e {
+                            mpsc::error::TrySendError::Closed(_) => Ok(()),
+                            mpsc::error::TrySendError::Full(_) => Err("more answers than requests"),
+                        })?;
+                    }
+                }
+                Some(pb::peer_message::Kind::Answer(answer)) => {
+                    let call = self.calls.lock().remove(&answer.call);
+                    if let (Some(call), Some(result)) = (call, answer.result) {
+                        // Who asked may have stopped waiting.
+                        let _ = call.send(result);
+                    }
+                }
+                Some(
+                    pb::peer_message::Kind::Append(_)
+                    | pb::peer_message::Kind::AppendEnd(_)
+                    | pb::peer_message::Kind::Heartbeat(_)
+                    | pb::peer_message::Kind::Vote(_)
+                    | pb::peer_message::Kind::Transfer(_),
+                ) => return Err("a request where answers are expected"),
+                // Of a later version.
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a call ahead of everything that is bulk and waits for its answer. May be cancelled.
+    pub async fn call(
+        self: &Arc<Self>,
+        make: impl FnOnce(u64) -> pb::peer_message::Kind,
+    ) -> Result<CallResult, String> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (tx, rx) = oneshot::channel();
+        {
+            let mut calls = self.calls.lock();
+            if calls.len() >= CALLS_MAX {
+                return Err(format!("{CALLS_MAX} calls wait for an answer of this peer"));
+            }
+            calls.insert(id, tx);
+        }
+        let _waiting = Waiting { session: self, id };
+        self.outbox
+            .push(Lane::Urgent, make(id), 128)
+            .map_err(|_| self.reason())?;
+        if self.ended.is_cancelled() {
+            return Err(self.reason());
+        }
+        rx.await.map_err(|_| self.reason())
+    }
+
+    /// A new append stream to a replica.
+    pub fn open(self: &Arc<Self>, group: GroupId, to: ReplicaId) -> Result<AppendStream, String> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (tx, answers) = mpsc::channel(REQUESTS_MAX + 1);
+        self.streams.lock().insert(id, tx);
+        let stream = AppendStream {
+            session: self.clone(),
+            id,
+            open: Some(pb::AppendOpen {
+                group_id: group.get(),
+                to_replica: to.get(),
+            }),
+            answers,
+        };
+        // After it is listed: an end that came in between has cleared the list.
+        if self.ended.is_cancelled() {
+            return Err(self.reason());
+        }
+        Ok(stream)
+    }
+}
+
+/// Forgets the call of who stopped waiting.
+struct Waiting<'a> {
+    session: &'a Session,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.session.calls.lock().remove(&self.id);
+    }
+}
+
+/// One append stream: requests go out in order, answers come in the same order.
+pub(super) struct AppendStream {
+    pub session: Arc<Session>,
+    pub id: u64,
+    /// To be sent with the first request.
+    pub open: Option<pb::AppendOpen>,
+    pub answers: mpsc::Receiver<Option<pb::appended::Result>>,
+}
+
+impl AppendStream {
+    /// Queues a request. Its bytes have a place in the budget already.
+    pub fn send(&self, append: pb::Append, bytes: usize) -> Result<(), String> {
+        self.session
+            .outbox
+            .push(Lane::Bulk, pb::peer_message::Kind::Append(append), bytes)
+            .map_err(|_| self.session.reason())
+    }
+}
+
+impl Drop for AppendStream {
+    fn drop(&mut self) {
+        self.session.streams.lock().remove(&self.id);
+        if self.open.is_none() {
+            self.session.outbox.take_back(self.id);
+            let end = pb::peer_message::Kind::AppendEnd(pb::AppendEnd { stream: self.id });
+            // The session may be over: then so is the stream.
+            let _ = self.session.outbox.push(Lane::Bulk, end, 16);
+        }
+    }
+}

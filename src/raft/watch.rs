@@ -1,0 +1,78 @@
+//! One watcher per replica: tells who leads, and stops a replica that sees that it was removed.
+
+use std::sync::Weak;
+use std::time::SystemTime;
+
+use openraft::async_runtime::watch::WatchReceiver as _;
+use tokio::sync::broadcast;
+
+use super::group::Group;
+use super::members::LeaderView;
+use super::registry::Groups;
+use crate::model::{GroupId, ReplicaId, Term};
+
+/// Something happened to a replica on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GroupEvent {
+    /// Another replica leads, or nobody does.
+    Leader {
+        group: GroupId,
+        term: Term,
+        leader: Option<ReplicaId>,
+    },
+    /// The replica here is no member any more and was stopped.
+    Removed { group: GroupId, replica: ReplicaId },
+    /// The replica here has ended: it was told to, or met an error that the log names.
+    Stopped { group: GroupId, replica: ReplicaId },
+}
+
+/// Runs until the replica ends.
+pub(super) async fn watch(groups: Weak<Groups>, group: Group, events: broadcast::Sender<GroupEvent>) {
+    // Nobody may be listening.
+    let tell = |event| drop(events.send(event));
+    let mut metrics = group.raft().server_metrics();
+    let (id, replica) = (group.id, group.replica);
+    let mut was_member = false;
+    loop {
+        let now = metrics.borrow_watched().clone();
+        let (term, leader) = (
+            Term::new(now.vote.leader_id.term),
+            now.current_leader.map(ReplicaId::new),
+        );
+        let changed = group.leader.send_if_modified(|view| {
+            let changed = view.leader != leader || (leader.is_some() && view.term != term);
+            if changed {
+                *view = LeaderView {
+                    term,
+                    leader,
+                    since: SystemTime::now(),
+                };
+            }
+            changed
+        });
+        if changed {
+            tell(GroupEvent::Leader {
+                group: id,
+                term,
+                leader,
+            });
+        }
+        let is_member = now.membership_config.nodes().any(|(n, _)| *n == replica.get());
+        was_member |= is_member;
+        let committed = now.membership_config.log_id() == now.committed_membership_config.log_id();
+        // A replica that catches up meets members of long ago, before it was one. One that leads still has to tell the
+        // others that its removal is committed; openraft ends its leadership then.
+        if was_member && !is_member && committed && !now.state.is_leader() {
+            tracing::info!(group = %id, %replica, "this replica was removed from its group");
+            if let Some(groups) = groups.upgrade() {
+                groups.stop(id).await;
+            }
+            tell(GroupEvent::Removed { group: id, replica });
+            return;
+        }
+        if metrics.changed().await.is_err() {
+            tell(GroupEvent::Stopped { group: id, replica });
+            return;
+        }
+    }
+}
