@@ -12,12 +12,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     // Served by reflection, and compared with the golden descriptor by a test.
     std::fs::write(out.join("mainstem.v1.bin"), prost::Message::encode_to_vec(&public))?;
-    let all = protox::compile(
-        files
-            .into_iter()
-            .chain(["mainstem/internal/v1/internal.proto", "mainstem/internal/v1/peer.proto"]),
-        ["proto"],
-    )?;
+    let mut all: Vec<String> = files.map(String::from).into();
+    for entry in std::fs::read_dir("proto/mainstem/internal/v1")? {
+        let name = entry?.file_name().into_string().map_err(|n| format!("{n:?} is no text"))?;
+        if name.ends_with(".proto") {
+            all.push(format!("mainstem/internal/v1/{name}"));
+        }
+    }
+    all.sort();
+    let all = protox::compile(all, ["proto"])?;
     tonic_prost_build::configure()
         .bytes(".")
         .btree_map(".")

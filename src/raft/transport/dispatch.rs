@@ -13,11 +13,14 @@ use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::Raft;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest};
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
 use super::append::REQUESTS_MAX;
 use super::convert;
 use super::outbox::{Lane, Outbox};
-use crate::model::{GroupId, ReplicaId};
+use super::service::Services;
+use super::session::SERVICE_CALLS_MAX;
+use crate::model::{GroupId, NodeId, ReplicaId};
 use crate::raft::codec::{log_id_from_pb, vote_from_pb, vote_to_pb};
 use crate::raft::state_machine::GroupMachine;
 use crate::raft::types::Mainstem;
@@ -27,6 +30,8 @@ use crate::wire::internal as pb;
 const STREAMS_MAX: usize = 65_536;
 /// Calls of a session that are under way.
 const CALLS_MAX: usize = 16_384;
+/// A larger answer is not worth the place of a heartbeat.
+const URGENT_BYTES_MAX: usize = 16 << 10;
 
 pub(in crate::raft) type RaftHandle = Raft<Mainstem, GroupMachine>;
 
@@ -98,7 +103,11 @@ type Answers = BoxStream<'static, (u64, pb::appended::Result)>;
 
 /// The requests of one session that are under way.
 pub(super) struct Dispatch {
+    from: NodeId,
     replicas: Arc<dyn Replicas>,
+    services: Arc<Services>,
+    /// Calls of services that may be under way.
+    service_calls: Arc<Semaphore>,
     outbox: Outbox,
     streams: HashMap<u64, RequestQueue>,
     answers: SelectAll<Answers>,
@@ -106,9 +115,12 @@ pub(super) struct Dispatch {
 }
 
 impl Dispatch {
-    pub fn new(replicas: Arc<dyn Replicas>, outbox: Outbox) -> Self {
+    pub fn new(from: NodeId, replicas: Arc<dyn Replicas>, services: Arc<Services>, outbox: Outbox) -> Self {
         Self {
+            from,
             replicas,
+            services,
+            service_calls: Arc::new(Semaphore::new(SERVICE_CALLS_MAX)),
             outbox,
             streams: HashMap::new(),
             answers: SelectAll::new(),
@@ -130,7 +142,9 @@ impl Dispatch {
                     }
                 }
                 Some(answer) = self.calls.next(), if !self.calls.is_empty() => {
-                    if self.outbox.push(Lane::Urgent, pb::peer_message::Kind::Answer(answer), 128).is_err() {
+                    let bytes = answer_bytes(&answer);
+                    let lane = if bytes > URGENT_BYTES_MAX { Lane::Bulk } else { Lane::Urgent };
+                    if self.outbox.push(lane, pb::peer_message::Kind::Answer(answer), bytes).is_err() {
                         return;
                     }
                 }
@@ -174,6 +188,21 @@ impl Dispatch {
                 Some(pb::peer_message::Kind::Transfer(call)) => {
                     let replica = self.find(call.group_id, call.to_replica);
                     self.call(call.call, async move { transfer(replica?, &call).await }.boxed())?;
+                }
+                Some(pb::peer_message::Kind::Service(call)) => {
+                    let work = match self.service_calls.clone().try_acquire_owned() {
+                        Ok(place) => {
+                            let work = self.services.serve(self.from, call.method, call.payload, call.patience_ms);
+                            async move {
+                                let _place = place;
+                                work.await
+                            }
+                            .boxed()
+                        }
+                        Err(_) => std::future::ready(Services::overloaded()).boxed(),
+                    };
+                    let work = work.map(|answer| Ok(pb::call_answer::Result::Service(answer)));
+                    self.call(call.call, work.boxed())?;
                 }
                 Some(pb::peer_message::Kind::Appended(_) | pb::peer_message::Kind::Answer(_)) => {
                     return Err("an answer where requests are expected");
@@ -244,6 +273,16 @@ impl Dispatch {
                     .ok_or("it reads no answers")
             }
         }
+    }
+}
+
+/// About what an answer takes on the wire.
+fn answer_bytes(answer: &pb::CallAnswer) -> usize {
+    match &answer.result {
+        Some(pb::call_answer::Result::Service(pb::ServiceAnswer {
+            result: Some(pb::service_answer::Result::Payload(payload)),
+        })) => 128 + payload.len(),
+        Some(_) | None => 128,
     }
 }
 

@@ -14,6 +14,7 @@ use super::config::{PeerConfig, PeerConfigError};
 use super::handshake::{Caller, Refusal, refused};
 use super::map::PeerMap;
 use super::outbox::Outbox;
+use super::service::Services;
 use super::session::Session;
 use super::snapshot_send::Transfers;
 use crate::base::Tasks;
@@ -55,6 +56,7 @@ pub(super) struct PeersInner {
     pub map: Arc<PeerMap>,
     pub book: PeerBook,
     pub transfers: Transfers,
+    pub services: Arc<Services>,
     pub tasks: Tasks,
     links: Mutex<HashMap<NodeId, watch::Sender<LinkState>>>,
     /// The node to which a session was made last, and how many were made.
@@ -90,6 +92,7 @@ impl Peers {
             config,
             map,
             book: PeerBook::new(memory),
+            services: Arc::default(),
             tasks: Tasks::new("peers"),
             links: Mutex::default(),
             connected: watch::Sender::new((0, NodeId::new(0))),
@@ -149,6 +152,7 @@ impl Peers {
 
     /// Ends every session and what serves them.
     pub async fn shutdown(&self, patience: Duration) {
+        self.0.services.clear();
         for state in self.0.links.lock().values() {
             if let LinkState::Up(session) = &*state.borrow() {
                 session.end("this node is stopping");
@@ -165,6 +169,11 @@ impl Peers {
         let Some(node) = self.0.map.node_of(replica) else {
             return Err(format!("it is not known which node hosts {replica}"));
         };
+        self.session_with(node, patience).await
+    }
+
+    /// The session to a node, as [`session`](Self::session).
+    pub(super) async fn session_with(&self, node: NodeId, patience: Duration) -> Result<Arc<Session>, String> {
         let mut state = self.link(node)?;
         let settled = state.wait_for(|s| !matches!(s, LinkState::Connecting));
         match tokio::time::timeout(patience, settled).await {

@@ -10,6 +10,7 @@
 //! | `session.rs`, `append.rs` | the calling side of a session: calls, pipelined append streams, flow control |
 //! | `link.rs` | one session per peer, reconnected with backoff |
 //! | `server.rs`, `dispatch.rs` | the called side: handshake, routing to the replicas here, answers |
+//! | `service.rs` | calls of the layers above, over the same sessions |
 //! | `network.rs` | openraft's network traits over all that |
 //! | `snapshot_send.rs`, `snapshot_receive.rs` | the state of a group for a replica that fell behind |
 //!
@@ -29,6 +30,7 @@ mod map;
 mod network;
 mod outbox;
 mod server;
+mod service;
 mod session;
 mod snapshot_receive;
 mod snapshot_send;
@@ -39,6 +41,7 @@ pub use handshake::Refusal;
 pub use link::{LinkReport, Peers};
 pub use map::PeerMap;
 pub use server::PeerServer;
+pub use service::{CallError, CallFailure, CallUnderWay, PeerMethod, PeerService};
 pub use snapshot_send::TransferProgress;
 
 pub(super) use dispatch::{RaftHandle, Replicas};

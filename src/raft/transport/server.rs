@@ -123,7 +123,7 @@ impl ServerInner {
 
     async fn dispatch(&self, peer: KnownPeer, inbound: &mut Streaming<pb::PeerFrame>, outbox: &Outbox) -> String {
         let replicas: Arc<dyn Replicas> = self.groups.clone();
-        let mut dispatch = Dispatch::new(replicas, outbox.clone());
+        let mut dispatch = Dispatch::new(peer.node, replicas, self.peers.services.clone(), outbox.clone());
         loop {
             tokio::select! {
                 frame = inbound.message() => match frame {

@@ -21,6 +21,9 @@ const CALLS_MAX: usize = 16_384;
 
 type CallResult = pb::call_answer::Result;
 
+/// Of these, calls of services.
+pub(super) const SERVICE_CALLS_MAX: usize = 4_096;
+
 /// What a session's owner needs to know of a peer's silence.
 pub(super) struct Session {
     pub node: NodeId,
@@ -29,6 +32,11 @@ pub(super) struct Session {
     pub budget_bytes: usize,
     pub stream_bytes_max: usize,
     pub append_timeout: Duration,
+    /// The part of the budget that calls of services may take: never all of it, because what a call waits for at the
+    /// peer may itself need appends.
+    pub service_bytes: Arc<Semaphore>,
+    pub service_bytes_max: usize,
+    pub service_calls: Arc<Semaphore>,
     calls: Mutex<HashMap<u64, oneshot::Sender<CallResult>>>,
     streams: Mutex<HashMap<u64, mpsc::Sender<Option<pb::appended::Result>>>>,
     next: AtomicU64,
@@ -46,6 +54,9 @@ impl Session {
             budget_bytes,
             stream_bytes_max: config.stream_bytes_max,
             append_timeout: config.append_timeout,
+            service_bytes: Arc::new(Semaphore::new((budget_bytes / 2).max(1))),
+            service_bytes_max: (budget_bytes / 2).max(1),
+            service_calls: Arc::new(Semaphore::new(SERVICE_CALLS_MAX)),
             calls: Mutex::default(),
             streams: Mutex::default(),
             next: AtomicU64::new(1),
@@ -108,7 +119,8 @@ impl Session {
                     | pb::peer_message::Kind::AppendEnd(_)
                     | pb::peer_message::Kind::Heartbeat(_)
                     | pb::peer_message::Kind::Vote(_)
-                    | pb::peer_message::Kind::Transfer(_),
+                    | pb::peer_message::Kind::Transfer(_)
+                    | pb::peer_message::Kind::Service(_),
                 ) => return Err("a request where answers are expected"),
                 // Of a later version.
                 None => {}
@@ -122,8 +134,18 @@ impl Session {
         self: &Arc<Self>,
         make: impl FnOnce(u64) -> pb::peer_message::Kind,
     ) -> Result<CallResult, String> {
+        self.begin(Lane::Urgent, 128, make)?.answer().await
+    }
+
+    /// Queues a call of about so many bytes. `Err`: it is not sent and never will be.
+    pub fn begin(
+        self: &Arc<Self>,
+        lane: Lane,
+        bytes: usize,
+        make: impl FnOnce(u64) -> pb::peer_message::Kind,
+    ) -> Result<Asked, String> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let (tx, rx) = oneshot::channel();
+        let (tx, answer) = oneshot::channel();
         {
             let mut calls = self.calls.lock();
             if calls.len() >= CALLS_MAX {
@@ -131,14 +153,17 @@ impl Session {
             }
             calls.insert(id, tx);
         }
-        let _waiting = Waiting { session: self, id };
-        self.outbox
-            .push(Lane::Urgent, make(id), 128)
-            .map_err(|_| self.reason())?;
+        let asked = Asked {
+            session: self.clone(),
+            id,
+            answer,
+        };
+        self.outbox.push(lane, make(id), bytes).map_err(|_| self.reason())?;
+        // After it is listed: an end that came in between has cleared the list.
         if self.ended.is_cancelled() {
-            return Err(self.reason());
+            self.calls.lock().remove(&id);
         }
-        rx.await.map_err(|_| self.reason())
+        Ok(asked)
     }
 
     /// A new append stream to a replica.
@@ -163,13 +188,21 @@ impl Session {
     }
 }
 
-/// Forgets the call of who stopped waiting.
-struct Waiting<'a> {
-    session: &'a Session,
+/// A call that is sent, or about to be. Dropped, it is forgotten: its answer goes nowhere.
+pub(super) struct Asked {
+    session: Arc<Session>,
     id: u64,
+    answer: oneshot::Receiver<CallResult>,
 }
 
-impl Drop for Waiting<'_> {
+impl Asked {
+    /// Waits for the answer. `Err`: the session ended, and the call may or may not have been entered.
+    pub async fn answer(mut self) -> Result<CallResult, String> {
+        (&mut self.answer).await.map_err(|_| self.session.reason())
+    }
+}
+
+impl Drop for Asked {
     fn drop(&mut self) {
         self.session.calls.lock().remove(&self.id);
     }
