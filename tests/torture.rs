@@ -73,15 +73,25 @@ fn buffers(rng: &mut StdRng) -> Vec<String> {
     }
 }
 
+/// Everything stored is read and compared in each round: beyond this a new node takes over.
+const BATCHES_MAX: u64 = 60_000;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_rounds() {
     let (rounds, seed) = (setting("ROUNDS", 4), seed("kill_rounds"));
     let mut rng = StdRng::seed_from_u64(seed);
     let mut node = Node::start(Options::plain()).await;
-    let history = Arc::new(History::default());
+    let mut history = Arc::new(History::default());
     let mut load = Load::new(history.clone(), &streams(&node).await, seed, Shape::default());
     let mut slowest = Duration::ZERO;
+    let mut acked = 0;
     for round in 1..=rounds {
+        if history.acked_batches() > BATCHES_MAX {
+            acked += history.acked_batches();
+            node = Node::start(Options::plain()).await;
+            history = Arc::new(History::default());
+            load = Load::new(history.clone(), &streams(&node).await, rng.random(), Shape::default());
+        }
         load.shape(shape_of_round(round));
         let running = load.start(&node.client_addr());
         history
@@ -105,7 +115,7 @@ async fn kill_rounds() {
     }
     println!(
         "kill_rounds: {rounds} rounds, {} batches acknowledged, slowest start {slowest:?}",
-        history.acked_batches()
+        acked + history.acked_batches()
     );
 }
 
@@ -114,9 +124,16 @@ async fn power_rounds() {
     let (rounds, seed) = (setting("ROUNDS", 4), seed("power_rounds"));
     let mut rng = StdRng::seed_from_u64(seed);
     let mut node = Node::start(Options::powered()).await;
-    let history = Arc::new(History::default());
+    let mut history = Arc::new(History::default());
     let mut load = Load::new(history.clone(), &streams(&node).await, seed, Shape::default());
+    let mut acked = 0;
     for round in 1..=rounds {
+        if history.acked_batches() > BATCHES_MAX {
+            acked += history.acked_batches();
+            node = Node::start(Options::powered()).await;
+            history = Arc::new(History::default());
+            load = Load::new(history.clone(), &streams(&node).await, rng.random(), Shape::default());
+        }
         load.shape(shape_of_round(round));
         node.faults(&format!(
             "power-fail-after {} {}",
@@ -162,7 +179,7 @@ async fn power_rounds() {
     }
     println!(
         "power_rounds: {rounds} rounds, {} batches acknowledged",
-        history.acked_batches()
+        acked + history.acked_batches()
     );
 }
 
