@@ -135,6 +135,8 @@ pub struct ShardReader {
     /// Batches read ahead, beginning with the one that holds `next`.
     ahead: VecDeque<StoredBatch>,
     fill_bytes: usize,
+    /// Read no more at a time than is needed.
+    frugal: bool,
 }
 
 impl ShardReader {
@@ -149,6 +151,7 @@ impl ShardReader {
             filters,
             ahead: VecDeque::new(),
             fill_bytes: FILL_BYTES,
+            frugal: false,
         }
     }
 
@@ -166,6 +169,11 @@ impl ShardReader {
     /// Gives the batches read ahead back; they are read again when they are wanted.
     pub fn forget_ahead(&mut self) {
         self.ahead = VecDeque::new();
+    }
+
+    /// From now on reads ahead, or not: who cannot keep what he reads would read it again and again.
+    pub fn set_frugal(&mut self, frugal: bool) {
+        self.frugal = frugal;
     }
 
     /// Whether a step would do anything but find the tail.
@@ -243,13 +251,14 @@ impl ShardReader {
         if !self.ahead.is_empty() {
             return Ok(());
         }
-        if let Some(recent) = self.shared.recent_from(self.next, self.fill_bytes) {
+        let fill_bytes = if self.frugal { FILL_BYTES_MIN } else { self.fill_bytes };
+        if let Some(recent) = self.shared.recent_from(self.next, fill_bytes) {
             self.ahead = recent.into();
             return Ok(());
         }
         let state = self.state.clone();
-        let (shard, from, bytes) = (self.shared.shard, self.next, self.fill_bytes);
-        self.ahead = tokio::task::spawn_blocking(move || state.read_batches(shard, from, bytes))
+        let (shard, from) = (self.shared.shard, self.next);
+        self.ahead = tokio::task::spawn_blocking(move || state.read_batches(shard, from, fill_bytes))
             .await
             .map_err(|e| ReadError::Storage(e.to_string()))?
             .map_err(storage)?
