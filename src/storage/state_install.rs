@@ -600,7 +600,10 @@ mod tests {
         damaged[middle] ^= 1;
         assert!(stage(&to, &[damaged.into()]).is_err());
         assert!(stage(&to, &[source[0].slice(..source[0].len() - 1)]).is_err());
-        assert!(stage(&to, &[source[0].clone(), source[0].clone()]).is_err(), "out of order");
+        assert!(
+            stage(&to, &[source[0].clone(), source[0].clone()]).is_err(),
+            "out of order"
+        );
         let other = to.state().stage_group(GroupId::new(8), {
             let mut chunks = source.clone().into_iter();
             move || Ok(chunks.next())
@@ -618,7 +621,10 @@ mod tests {
             applied: LogIndex::new(9),
             marker: vec![0, 255, 16],
             floors: BTreeMap::from([(ShardId::new(3), Floors::default())]),
-            files: vec![(Family::Index, "000000.sst".into()), (Family::Batches, "000001.sst".into())],
+            files: vec![
+                (Family::Index, "000000.sst".into()),
+                (Family::Batches, "000001.sst".into()),
+            ],
         };
         let text = manifest.to_text();
         assert_eq!(Manifest::parse(&text), Some(manifest));

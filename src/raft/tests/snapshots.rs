@@ -1,6 +1,5 @@
 //! Installing a snapshot: traps B and E, and what a crash in between leaves.
 
-use openraft::storage::{RaftLogStorage, RaftStateMachine};
 use openraft::{EntryPayload, RaftLogReader, RaftSnapshotBuilder, Snapshot};
 
 use super::super::load;
@@ -65,7 +64,10 @@ async fn traps_b_and_e_an_install_replaces_everything_and_is_durable() {
         append(&mut log, entries_of(1, 12)).await;
         apply(&mut machine, entries_of(1, 5)).await;
         assert_ne!(export(&store), export(&donor));
-        machine.install_snapshot(&snapshot.meta, snapshot.snapshot).await.unwrap();
+        machine
+            .install_snapshot(&snapshot.meta, snapshot.snapshot)
+            .await
+            .unwrap();
         assert_eq!(export(&store), export(&donor));
         assert_eq!(stored(&store), stored(&donor));
         assert_eq!(machine.applied_state().await.unwrap().0, Some(id_of(3, 20)));
@@ -101,7 +103,10 @@ async fn a_log_that_goes_on_behind_the_snapshot_is_kept() {
     let (mut log, mut machine) = open_group(&store);
     append(&mut log, entries_of(3, 25)).await;
     apply(&mut machine, entries_of(3, 5)).await;
-    machine.install_snapshot(&snapshot.meta, snapshot.snapshot).await.unwrap();
+    machine
+        .install_snapshot(&snapshot.meta, snapshot.snapshot)
+        .await
+        .unwrap();
     log.begin_behind(machine.installed().unwrap()).await.unwrap();
     assert_eq!((log.last(), log.purged()), (Some(id_of(3, 25)), Some(id_of(3, 20))));
 }
@@ -130,7 +135,10 @@ async fn what_is_published_follows_an_install() {
     apply(&mut machine, vec![create]).await;
     let face = directory.get(other).unwrap();
     assert!(!face.positions().removed);
-    machine.install_snapshot(&snapshot.meta, snapshot.snapshot).await.unwrap();
+    machine
+        .install_snapshot(&snapshot.meta, snapshot.snapshot)
+        .await
+        .unwrap();
     assert!(face.positions().removed && directory.get(other).is_none());
     let tail = directory.get(SHARD).unwrap().positions().tail;
     assert_eq!(tail, Sequence::new(19));

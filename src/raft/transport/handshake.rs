@@ -374,7 +374,10 @@ mod tests {
             let (caller, called) = (caller.unwrap_err(), called.unwrap_err());
             assert_eq!(caller.to_pb().reason(), reason, "{caller}");
             assert_eq!(called.to_pb().reason(), reason, "{called}");
-            assert!(books.0.all().is_empty() && books.1.all().is_empty(), "remembered unproven");
+            assert!(
+                books.0.all().is_empty() && books.1.all().is_empty(),
+                "remembered unproven"
+            );
         }
     }
 
@@ -388,7 +391,14 @@ mod tests {
         two.identity.incarnation = 11;
         let refusal = shake((&one, &seen), (&two, &book()), 2).0.unwrap_err();
         assert!(
-            matches!(refusal, Refusal::OlderIncarnation { known: 12, given: 11, .. }),
+            matches!(
+                refusal,
+                Refusal::OlderIncarnation {
+                    known: 12,
+                    given: 11,
+                    ..
+                }
+            ),
             "{refusal}"
         );
         let refusal = shake((&two, &book()), (&one, &seen), 1).1.unwrap_err();
@@ -410,7 +420,9 @@ mod tests {
             panic!("not a hello");
         };
         (hello.protocol_min, hello.protocol_max) = (PROTOCOL_MAX + 1, PROTOCOL_MAX + 4);
-        let refusal = Called::hello(&two, Some(step(pb::handshake::Step::Hello(hello)))).err().unwrap();
+        let refusal = Called::hello(&two, Some(step(pb::handshake::Step::Hello(hello))))
+            .err()
+            .unwrap();
         assert!(matches!(refusal, Refusal::Protocol { .. }), "{refusal}");
     }
 
