@@ -153,6 +153,7 @@ fn create(id: u128, spec: StreamSpec) -> Op {
     Op::CreateStream(pb::CreateStream {
         stream_id: StreamId::new(id).to_string(),
         spec: Some(spec),
+        ..pb::CreateStream::default()
     })
 }
 
@@ -266,7 +267,7 @@ proptest! {
                         base_revision += current.revision;
                         new = StreamSpec { subjects: new.subjects, ..current.spec.clone().unwrap() };
                     }
-                    let update = pb::UpdateStream { namespace: "default".into(), name: name.into(), spec: Some(new), base_revision };
+                    let update = pb::UpdateStream { namespace: "default".into(), name: name.into(), spec: Some(new), base_revision, ..pb::UpdateStream::default() };
                     pair.apply(&name_of(&request), Op::UpdateStream(update));
                 }
                 Step::Remove { name, grace_us, request } => {

@@ -42,7 +42,7 @@ impl Planner<'_> {
     fn spread(&mut self) {
         let view = self.view;
         for group in view.groups.values() {
-            if self.busy.contains(&group.id) {
+            if self.is_taken(group.id) {
                 continue;
             }
             let full = self.full();
@@ -101,7 +101,7 @@ impl Planner<'_> {
         }
         let view = self.view;
         for (from, to, most, least) in pairs {
-            let fits = |group: &&GroupShape| !self.busy.contains(&group.id) && self.may_move(group, from, to);
+            let fits = |group: &&GroupShape| !self.is_taken(group.id) && self.may_move(group, from, to);
             // One that does not lead there is moved without a hand-over.
             let leads = |group: &&GroupShape| {
                 let leader = self.reports.groups.get(&group.id).map(|report| report.leader);

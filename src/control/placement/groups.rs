@@ -90,12 +90,17 @@ impl Planner<'_> {
         let passes: [fn(&mut Self, &Standing<'_>) -> bool; 3] = [Self::heal, Self::scale, Self::relocate];
         for pass in passes {
             for group in view.groups.values() {
-                if self.busy.contains(&group.id) {
+                if self.is_taken(group.id) {
                     continue;
                 }
                 let standing = self.standing(group);
+                let before = self.actions.len();
                 if pass(self, &standing) {
-                    self.busy.insert(group.id);
+                    let ready = self.actions[before..].iter().any(|action| action.blocked.is_none());
+                    match ready {
+                        true => self.busy.insert(group.id),
+                        false => self.held.insert(group.id),
+                    };
                 }
             }
         }

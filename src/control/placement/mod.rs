@@ -46,8 +46,10 @@ struct Planner<'a> {
     gone: BTreeSet<NodeId>,
     /// Replicas that come to or leave each node.
     moving: BTreeMap<NodeId, u32>,
-    /// Groups for which something is under way, decided, or blocked.
+    /// Groups for which something is under way or decided.
     busy: BTreeSet<GroupId>,
+    /// Groups that need something that cannot be had now. Who leads them may still change.
+    held: BTreeSet<GroupId>,
     /// Some replica is on its way, or must go somewhere.
     restless: bool,
     actions: Vec<Action>,
@@ -100,8 +102,14 @@ impl<'a> Planner<'a> {
             gone,
             moving,
             busy,
+            held: BTreeSet::new(),
             actions: Vec::new(),
         }
+    }
+
+    /// Whether nothing more can be decided for a group's replicas now.
+    fn is_taken(&self, group: GroupId) -> bool {
+        self.busy.contains(&group) || self.held.contains(&group)
     }
 
     fn is_live(&self, node: NodeId) -> bool {
