@@ -61,9 +61,8 @@ impl Planner<'_> {
             .map(|replica| {
                 let damaged = self.reports.is_damaged(replica.node, replica.id);
                 live += usize::from(self.is_live(replica.node) && !damaged);
-                let node = self.nodes.get(&replica.node);
-                let fate = match node {
-                    _ if damaged || self.gone.contains(&replica.node) => Fate::Lost,
+                let lost = damaged || self.gone.contains(&replica.node);
+                let fate = match self.nodes.get(&replica.node).filter(|_| !lost) {
                     None => Fate::Lost,
                     Some(node) if node.state == NodeState::Draining => Fate::Drained,
                     Some(node) if node.allowed_by(group.placement.as_ref()).is_err() => Fate::Misplaced,
@@ -247,9 +246,9 @@ impl Planner<'_> {
             .filter(|(_, found)| *found == fate)
             .map(|(replica, _)| self.name(replica.node))
             .collect();
-        let why = match reason {
-            ChangeReason::Drain => format!("{} is drained", names.join(", ")),
-            _ => format!("{} is not where its stream may be", names.join(", ")),
+        let why = match reason == ChangeReason::Drain {
+            true => format!("{} is drained", names.join(", ")),
+            false => format!("{} is not where its stream may be", names.join(", ")),
         };
         let full = self.full();
         // A slot of each node that gives one away, too.
@@ -319,9 +318,9 @@ impl Planner<'_> {
         if let Some(leader) = standing.leader.filter(|leader| remove.contains(leader)) {
             // For balance alone no leader moves: that would be undone by the balance of leaders. Its successor comes first,
             // and the one too many goes afterwards.
-            let successor = match reason {
-                ChangeReason::Balance => None,
-                _ => self.successor(standing.group, leader, &remove),
+            let successor = match reason == ChangeReason::Balance {
+                true => None,
+                false => self.successor(standing.group, leader, &remove),
             };
             match successor {
                 Some(to) => {

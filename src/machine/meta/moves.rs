@@ -66,16 +66,15 @@ impl MetaMachine {
         move_id: u64,
     ) -> Result<(pb::StreamRecord, usize, pb::ShardMove), MetaRefusal> {
         let (stream, at) = self.shard_of(stream_id, shard_id)?;
-        match &stream.shards[at].moving {
-            Some(moving) if moving.move_id == move_id => {
-                let moving = moving.clone();
-                Ok((stream, at, moving))
-            }
-            other => Err(MetaRefusal::StaleEpoch {
+        let found = stream.shards[at].moving.clone();
+        let actual = found.as_ref().map_or(0, |moving| moving.move_id);
+        let moving = found
+            .filter(|_| actual == move_id)
+            .ok_or_else(|| MetaRefusal::StaleEpoch {
                 what: format!("the move of shard {shard_id}"),
-                actual: other.as_ref().map_or(0, |moving| moving.move_id),
-            }),
-        }
+                actual,
+            })?;
+        Ok((stream, at, moving))
     }
 
     fn put_move(
