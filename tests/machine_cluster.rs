@@ -75,6 +75,7 @@ fn a_node_comes_and_comes_back() {
     }));
     assert_eq!(catalog.node(2).store_id, "store-2");
     assert_eq!(catalog.node(2).peer_address, "10.0.0.2:7422");
+    assert_eq!(catalog.node(2).zone, "a");
 }
 
 #[test]

@@ -7,10 +7,10 @@
 mod machine_support;
 mod placement_support;
 
-use mainstem::control::placement::{Action, Step};
-use mainstem::machine::placement::{NodeShape, Nodes, Request, place};
+use mainstem::control::placement::{Action, GroupReport, NodeReport, Reports, Step, plan};
+use mainstem::machine::placement::{ClusterShape, NodeShape, Nodes, Request, place};
 use mainstem::machine::{MetaOutcome, MetaRefusal};
-use mainstem::model::{GroupId, NodeId, ReplicaId};
+use mainstem::model::{GroupId, NodeId, ReplicaId, TimeUs};
 use mainstem::wire::internal::v1::{self as pb, ChangeReason, NodeState, meta_command::Op};
 use placement_support::{Change, World};
 use proptest::prelude::*;
@@ -371,6 +371,81 @@ fn what_is_held_counts_for_the_spread() {
     );
     assert_eq!(choice.nodes, [NodeId::new(3), NodeId::new(4)]);
     assert!(choice.to_string().contains("n2 (node-2): not needed: zone \"a\" holds 1 replicas"));
+}
+
+/// Not a figure, a bound: the planner runs every second.
+#[test]
+fn ten_thousand_groups() {
+    let nodes: Vec<pb::NodeRecord> = (1..=10)
+        .map(|node_id| pb::NodeRecord {
+            node_id,
+            name: format!("node-{node_id}"),
+            zone: ZONES[node_id as usize % 3].into(),
+            meta_replica_id: node_id,
+            ..pb::NodeRecord::default()
+        })
+        .collect();
+    let groups: Vec<pb::GroupRecord> = (0..10_000u64)
+        .map(|n| pb::GroupRecord {
+            group_id: n + 2,
+            formed: true,
+            replica_count: 3,
+            shards: 1,
+            replicas: (0..3)
+                .map(|k| pb::ReplicaRecord {
+                    replica_id: n * 3 + k + 100,
+                    node_id: (n + k) % 9 + 1,
+                    ..pb::ReplicaRecord::default()
+                })
+                .collect(),
+            ..pb::GroupRecord::default()
+        })
+        .collect();
+    let cluster = pb::ClusterRecord {
+        meta: Some(pb::MetaMembership {
+            voters: vec![1],
+            learners: (2..=10).collect(),
+            epoch: 10,
+        }),
+        ..pb::ClusterRecord::default()
+    };
+    let now = TimeUs::new(1_000_000);
+    let mut reports = Reports::default();
+    for id in 1..=10 {
+        let report = NodeReport {
+            last_seen: now,
+            ..NodeReport::default()
+        };
+        reports.nodes.insert(NodeId::new(id), report);
+    }
+    for group in &groups {
+        let ids = group.replicas.iter().map(|replica| ReplicaId::new(replica.replica_id));
+        // All of the first tenth are led from one place.
+        let leader = match group.group_id < 1_000 {
+            true => group.replicas.iter().max_by_key(|replica| replica.node_id).unwrap(),
+            false => &group.replicas[0],
+        };
+        let report = GroupReport {
+            leader: ReplicaId::new(leader.replica_id),
+            current: ids.collect(),
+        };
+        reports.groups.insert(GroupId::new(group.group_id), report);
+    }
+    reports.meta.leader = Some(ReplicaId::new(1));
+    reports.meta.voters = [ReplicaId::new(1)].into();
+    let begun = std::time::Instant::now();
+    let shape = ClusterShape::of(&cluster, &nodes, &groups, []);
+    let actions = plan(&shape, &reports, now);
+    println!("{} actions in {:?}", actions.len(), begun.elapsed());
+    assert!(actions.iter().any(|action| matches!(action.step, Step::SetMetaVoters { .. })));
+    assert!(actions.iter().any(|action| matches!(action.step, Step::TransferLeader { .. })));
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(&action.step, Step::ChangeReplicas { add, .. } if add == &[NodeId::new(10)])),
+        "the empty node gets something"
+    );
+    assert!(begun.elapsed().as_secs() < 5);
 }
 
 fn three() -> World {

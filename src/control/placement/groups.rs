@@ -145,7 +145,7 @@ impl Planner<'_> {
         let names: Vec<String> = lost.iter().map(|r| format!("{} on {}", r.id, self.name(r.node))).collect();
         let why = format!("{} lost: {}", lost.len(), names.join(", "));
         let needed = wanted.saturating_sub(remain);
-        let full = self.full();
+        let full = self.excluded(group);
         // A damaged replica's successor goes where it was, so that the spread stays.
         let mut add: Vec<NodeId> = lost
             .iter()
@@ -192,7 +192,7 @@ impl Planner<'_> {
                     replicas: (wanted - now) as u32,
                     holding: standing.group.nodes_after().collect(),
                     placement: standing.group.placement.as_ref(),
-                    exclude: self.full(),
+                    exclude: self.excluded(standing.group),
                 },
             );
             let text = choice.to_string();
@@ -275,7 +275,7 @@ impl Planner<'_> {
             .filter(|(replica, _)| !leaving.contains(&replica.id))
             .map(|(replica, _)| replica.node)
             .collect();
-        let mut exclude = full;
+        let mut exclude = self.excluded(standing.group);
         for id in &leaving {
             if let Some(replica) = standing.group.replica(*id) {
                 exclude.insert(replica.node, "it gives its replica away".into());

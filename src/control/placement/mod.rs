@@ -150,6 +150,14 @@ impl<'a> Planner<'a> {
         });
     }
 
+    /// Nodes that cannot take a replica of the group now, whatever it wants.
+    fn excluded(&self, group: &GroupShape) -> BTreeMap<NodeId, String> {
+        let leaving = group.leaving.iter();
+        let mut excluded = self.full();
+        excluded.extend(leaving.map(|id| (*id, "its former replica of the group is not yet set aside".to_string())));
+        excluded
+    }
+
     /// Nodes that have as many replicas on their way as they may.
     fn full(&self) -> BTreeMap<NodeId, String> {
         let max = self.view.settings.moves_per_node_max;
