@@ -397,14 +397,12 @@ impl World {
             let raft = self.rafts.get_mut(&id).unwrap();
             raft.index += 1;
             let membership = membership(raft);
-            if !change.add.is_empty() {
-                self.must(Op::AbortChange(pb::AbortChange {
-                    group_id: group.group_id,
-                    epoch: change.epoch,
-                    membership: Some(membership),
-                    why: "the new voters cannot be reached".into(),
-                }));
-            }
+            self.must(Op::AbortChange(pb::AbortChange {
+                group_id: group.group_id,
+                epoch: change.epoch,
+                membership: Some(membership),
+                why: "the new voters cannot be reached".into(),
+            }));
             return Ok(());
         }
         // One that was elected after the change was planned hands over by itself.
