@@ -1,15 +1,13 @@
 //! The catalog of a cluster of several nodes: who may join, leave and come back, one change of a group at a time, a shard
-//! from group to group; and that what one node alone wrote is still read.
+//! from group to group.
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
 mod catalog_support;
 mod machine_support;
 
-use catalog_support::{Catalog, change, load, membership, node, voters};
-use machine_support::Store;
-use mainstem::machine::port::MetaKind;
+use catalog_support::{Catalog, change, membership, node, voters};
 use mainstem::machine::{MetaOutcome, MetaRefusal};
-use mainstem::model::{GroupId, NodeId, StreamId};
+use mainstem::model::{GroupId, StreamId};
 use mainstem::wire::internal::v1::{self as pb, MoveStep, NodeState, ReplicaRole, meta_command::Op};
 use mainstem::wire::spec::normalise;
 use mainstem::wire::v1::StreamSpec;
@@ -31,7 +29,10 @@ fn a_node_comes_and_comes_back() {
         panic!("{restarted:?}");
     };
     assert!(changed && record.restarted_us > record.registered_us);
-    assert_eq!((record.meta_replica_id, record.client_address.as_str()), (ids[1], "10.0.0.9:1"));
+    assert_eq!(
+        (record.meta_replica_id, record.client_address.as_str()),
+        (ids[1], "10.0.0.9:1")
+    );
     // Refused, each with what is wrong.
     assert_eq!(
         catalog.refused(Op::JoinNode(node(2))),
@@ -65,7 +66,10 @@ fn a_node_comes_and_comes_back() {
         zone: "a b".into(),
         ..node(4)
     };
-    assert!(matches!(catalog.refused(Op::JoinNode(zone)), MetaRefusal::BadNode { .. }));
+    assert!(matches!(
+        catalog.refused(Op::JoinNode(zone)),
+        MetaRefusal::BadNode { .. }
+    ));
     // A version that tells nothing of itself changes nothing that is known.
     catalog.done(Op::RegisterNode(pb::RegisterNode {
         node_id: 2,
@@ -99,7 +103,10 @@ fn a_node_goes_for_good() {
             unreachable_nodes: unreachable.to_vec(),
         })
     };
-    let voters: Vec<u64> = (1..=4).map(|id| catalog.node(id).meta_replica_id).filter(|id| *id != 0).collect();
+    let voters: Vec<u64> = (1..=4)
+        .map(|id| catalog.node(id).meta_replica_id)
+        .filter(|id| *id != 0)
+        .collect();
     let epoch = catalog.machine.cluster().unwrap().meta.as_ref().unwrap().epoch;
     catalog.done(Op::SetMetaVoters(pb::SetMetaVoters {
         base_epoch: epoch,
@@ -145,10 +152,16 @@ fn the_meta_group_keeps_its_quorum() {
     let epoch = |catalog: &Catalog| catalog.machine.cluster().unwrap().meta.as_ref().unwrap().epoch;
     let now = epoch(&catalog);
     catalog.done(set(now, &all));
-    assert!(matches!(catalog.refused(set(now, &all[..1])), MetaRefusal::StaleEpoch { .. }));
+    assert!(matches!(
+        catalog.refused(set(now, &all[..1])),
+        MetaRefusal::StaleEpoch { .. }
+    ));
     let now = epoch(&catalog);
     assert!(matches!(catalog.refused(set(now, &[])), MetaRefusal::BadChange { .. }));
-    assert!(matches!(catalog.refused(set(now, &[99])), MetaRefusal::BadChange { .. }));
+    assert!(matches!(
+        catalog.refused(set(now, &[99])),
+        MetaRefusal::BadChange { .. }
+    ));
     // Two of three are down: none of the others may go.
     let remove = |node_id, unreachable: &[u64]| {
         Op::RemoveNode(pb::RemoveNode {
@@ -168,13 +181,18 @@ fn the_meta_group_keeps_its_quorum() {
         }
     );
     catalog.done(remove(3, &[3]));
-    assert_eq!(catalog.machine.cluster().unwrap().meta.clone().unwrap().voters, all[..2]);
+    assert_eq!(
+        catalog.machine.cluster().unwrap().meta.clone().unwrap().voters,
+        all[..2]
+    );
     // A damaged replica gets a successor with another id, which learns first.
     let renewed = catalog.done(Op::RenewMetaReplica(pb::RenewMetaReplica {
         node_id: 2,
         replica_id: all[1],
     }));
-    let MetaOutcome::NodeChanged(node) = renewed else { panic!("{renewed:?}") };
+    let MetaOutcome::NodeChanged(node) = renewed else {
+        panic!("{renewed:?}")
+    };
     assert!(node.meta_replica_id > *all.iter().max().unwrap());
     let meta = catalog.machine.cluster().unwrap().meta.clone().unwrap();
     assert_eq!((meta.voters, meta.learners), (vec![all[0]], vec![node.meta_replica_id]));
@@ -200,13 +218,46 @@ fn the_cluster_version_only_rises_when_all_know_it() {
     assert_eq!(catalog.machine.cluster_version(), 2);
     assert_eq!(catalog.refused(set(1)), MetaRefusal::VersionDown { asked: 1, now: 2 });
     assert!(matches!(catalog.refused(set(4)), MetaRefusal::VersionNotKnown { .. }));
-    assert!(matches!(catalog.refused(Op::JoinNode(node(3))), MetaRefusal::NodeTooOld { .. }));
+    assert!(matches!(
+        catalog.refused(Op::JoinNode(node(3))),
+        MetaRefusal::NodeTooOld { .. }
+    ));
     for (update, ok) in [
-        (pb::UpdateSettings { meta_voters_max: Some(4), ..Default::default() }, false),
-        (pb::UpdateSettings { meta_voters_max: Some(7), ..Default::default() }, false),
-        (pb::UpdateSettings { replace_after_us: Some(1), ..Default::default() }, false),
-        (pb::UpdateSettings { moves_per_node_max: Some(0), ..Default::default() }, false),
-        (pb::UpdateSettings { meta_voters_max: Some(3), ..Default::default() }, true),
+        (
+            pb::UpdateSettings {
+                meta_voters_max: Some(4),
+                ..Default::default()
+            },
+            false,
+        ),
+        (
+            pb::UpdateSettings {
+                meta_voters_max: Some(7),
+                ..Default::default()
+            },
+            false,
+        ),
+        (
+            pb::UpdateSettings {
+                replace_after_us: Some(1),
+                ..Default::default()
+            },
+            false,
+        ),
+        (
+            pb::UpdateSettings {
+                moves_per_node_max: Some(0),
+                ..Default::default()
+            },
+            false,
+        ),
+        (
+            pb::UpdateSettings {
+                meta_voters_max: Some(3),
+                ..Default::default()
+            },
+            true,
+        ),
     ] {
         let outcome = catalog.apply(Op::UpdateSettings(update));
         assert_eq!(matches!(outcome, MetaOutcome::ClusterChanged(_)), ok, "{outcome:?}");
@@ -219,21 +270,35 @@ fn one_change_at_a_time_and_no_late_report() {
     let mut catalog = Catalog::new(4);
     let (_, _, id) = catalog.stream("s", 3, true);
     let before = catalog.group(id);
-    let free = (1..=4).find(|node| before.replicas.iter().all(|r| r.node_id != *node)).unwrap();
-    let old = before.replicas[0].clone();
+    let free = (1..=4)
+        .find(|node| before.replicas.iter().all(|r| r.node_id != *node))
+        .unwrap();
+    let old = before.replicas[0];
     // Refused: a holder, an unknown one, from another epoch.
-    assert!(matches!(catalog.refused(change(&before, &[old.node_id], &[])), MetaRefusal::BadChange { .. }));
-    assert!(matches!(catalog.refused(change(&before, &[77], &[])), MetaRefusal::NodeNotFound { .. }));
+    assert!(matches!(
+        catalog.refused(change(&before, &[old.node_id], &[])),
+        MetaRefusal::BadChange { .. }
+    ));
+    assert!(matches!(
+        catalog.refused(change(&before, &[77], &[])),
+        MetaRefusal::NodeNotFound { .. }
+    ));
     let other = pb::GroupRecord {
         epoch: before.epoch + 1,
         ..before.clone()
     };
-    assert!(matches!(catalog.refused(change(&other, &[free], &[])), MetaRefusal::StaleEpoch { .. }));
+    assert!(matches!(
+        catalog.refused(change(&other, &[free], &[])),
+        MetaRefusal::StaleEpoch { .. }
+    ));
     catalog.done(change(&before, &[free], &[old.replica_id]));
     let planned = catalog.group(id);
-    let added = planned.replicas.last().unwrap().clone();
+    let added = *planned.replicas.last().unwrap();
     assert_eq!((added.role(), planned.epoch), (ReplicaRole::Learner, before.epoch + 1));
-    assert!(matches!(catalog.refused(change(&planned, &[], &[old.replica_id])), MetaRefusal::InFlight { .. }));
+    assert!(matches!(
+        catalog.refused(change(&planned, &[], &[old.replica_id])),
+        MetaRefusal::InFlight { .. }
+    ));
     let mut after: Vec<u64> = voters(&before)[1..].to_vec();
     after.push(added.replica_id);
     let committed = |epoch, voters: &[u64], index| {
@@ -243,7 +308,10 @@ fn one_change_at_a_time_and_no_late_report() {
             membership: membership(voters, index),
         })
     };
-    assert!(matches!(catalog.refused(committed(planned.epoch, &after, 9)), MetaRefusal::BadChange { .. }));
+    assert!(matches!(
+        catalog.refused(committed(planned.epoch, &after, 9)),
+        MetaRefusal::BadChange { .. }
+    ));
     let caught_up = |epoch| {
         Op::ReplicaCaughtUp(pb::ReplicaCaughtUp {
             group_id: id,
@@ -251,7 +319,10 @@ fn one_change_at_a_time_and_no_late_report() {
             replica_id: added.replica_id,
         })
     };
-    assert!(matches!(catalog.refused(caught_up(before.epoch)), MetaRefusal::StaleEpoch { .. }));
+    assert!(matches!(
+        catalog.refused(caught_up(before.epoch)),
+        MetaRefusal::StaleEpoch { .. }
+    ));
     catalog.done(caught_up(planned.epoch));
     assert!(catalog.group(id).change.unwrap().ready);
     // From here on only the leader can tell that it did not happen.
@@ -263,23 +334,49 @@ fn one_change_at_a_time_and_no_late_report() {
             why: String::new(),
         })
     };
-    assert!(matches!(catalog.refused(abort(planned.epoch, None)), MetaRefusal::InFlight { .. }));
+    assert!(matches!(
+        catalog.refused(abort(planned.epoch, None)),
+        MetaRefusal::InFlight { .. }
+    ));
     let still_learning = Some(pb::GroupMembership {
         voters: voters(&before),
         learners: vec![added.replica_id],
         index: 9,
     });
-    assert!(matches!(catalog.refused(abort(planned.epoch, still_learning)), MetaRefusal::BadChange { .. }));
-    assert!(matches!(catalog.refused(committed(planned.epoch, &voters(&before), 9)), MetaRefusal::BadChange { .. }));
-    assert!(matches!(catalog.refused(committed(planned.epoch, &after, 1)), MetaRefusal::BadChange { .. }));
+    assert!(matches!(
+        catalog.refused(abort(planned.epoch, still_learning)),
+        MetaRefusal::BadChange { .. }
+    ));
+    assert!(matches!(
+        catalog.refused(committed(planned.epoch, &voters(&before), 9)),
+        MetaRefusal::BadChange { .. }
+    ));
+    assert!(matches!(
+        catalog.refused(committed(planned.epoch, &after, 1)),
+        MetaRefusal::BadChange { .. }
+    ));
     catalog.done(committed(planned.epoch, &after, 9));
     let done = catalog.group(id);
     assert_eq!(voters(&done), after);
-    assert_eq!(done.removed.iter().map(|r| r.replica_id).collect::<Vec<_>>(), [old.replica_id]);
-    assert!(matches!(catalog.refused(committed(planned.epoch, &after, 10)), MetaRefusal::StaleEpoch { .. }));
+    assert_eq!(
+        done.removed.iter().map(|r| r.replica_id).collect::<Vec<_>>(),
+        [old.replica_id]
+    );
+    assert!(matches!(
+        catalog.refused(committed(planned.epoch, &after, 10)),
+        MetaRefusal::StaleEpoch { .. }
+    ));
     // The former replica's data is in the way of a new one.
-    assert!(matches!(catalog.refused(change(&done, &[old.node_id], &[])), MetaRefusal::InFlight { .. }));
-    let gone = |replica_id| Op::ReplicaGone(pb::ReplicaGone { group_id: id, replica_id });
+    assert!(matches!(
+        catalog.refused(change(&done, &[old.node_id], &[])),
+        MetaRefusal::InFlight { .. }
+    ));
+    let gone = |replica_id| {
+        Op::ReplicaGone(pb::ReplicaGone {
+            group_id: id,
+            replica_id,
+        })
+    };
     assert!(matches!(catalog.refused(gone(after[0])), MetaRefusal::BadChange { .. }));
     catalog.done(gone(old.replica_id));
     catalog.done(gone(old.replica_id));
@@ -319,23 +416,35 @@ fn a_shard_goes_from_group_to_group_in_steps() {
             ..pb::PlanShardMove::default()
         })
     };
-    assert!(matches!(catalog.refused(plan(Some(from))), MetaRefusal::BadChange { .. }));
+    assert!(matches!(
+        catalog.refused(plan(Some(from))),
+        MetaRefusal::BadChange { .. }
+    ));
     catalog.done(plan(None));
     assert!(matches!(catalog.refused(plan(None)), MetaRefusal::InFlight { .. }));
     let place = |catalog: &Catalog| {
         let stream = catalog.machine.stream_by_name("default", "s").unwrap();
-        stream.shards[0].clone()
+        stream.shards[0]
     };
     let moving = place(&catalog).moving.unwrap();
     let (to, move_id) = (moving.to_group, moving.move_id);
-    let nodes = |group: &pb::GroupRecord| group.replicas.iter().map(|r| r.node_id).collect::<std::collections::BTreeSet<_>>();
+    let nodes = |group: &pb::GroupRecord| {
+        group
+            .replicas
+            .iter()
+            .map(|r| r.node_id)
+            .collect::<std::collections::BTreeSet<_>>()
+    };
     assert_eq!(nodes(&catalog.group(from)), nodes(&catalog.group(to)));
     catalog.form(to);
     // No member of either may change now.
     for id in [from, to] {
         let group = catalog.group(id);
         let first = group.replicas[0].replica_id;
-        assert!(matches!(catalog.refused(change(&group, &[], &[first])), MetaRefusal::InFlight { .. }));
+        assert!(matches!(
+            catalog.refused(change(&group, &[], &[first])),
+            MetaRefusal::InFlight { .. }
+        ));
     }
     let adopted = |move_id| {
         Op::ShardAdopted(pb::ShardAdopted {
@@ -369,7 +478,10 @@ fn a_shard_goes_from_group_to_group_in_steps() {
     catalog.done(sealed(5));
     assert!(matches!(catalog.refused(sealed(6)), MetaRefusal::BadChange { .. }));
     assert_eq!((place(&catalog).group_id, catalog.group(from).log_floor), (from, 30));
-    assert!(matches!(catalog.refused(adopted(move_id + 1)), MetaRefusal::StaleEpoch { .. }));
+    assert!(matches!(
+        catalog.refused(adopted(move_id + 1)),
+        MetaRefusal::StaleEpoch { .. }
+    ));
     catalog.done(adopted(move_id));
     assert_eq!((place(&catalog).group_id, catalog.group(to).log_floor), (to, 4));
     assert_eq!((catalog.group(from).shards, catalog.group(to).shards), (0, 1));
@@ -444,67 +556,8 @@ fn a_repeated_request_of_an_operator_gets_its_first_answer() {
     assert_eq!(catalog.request("r", drain()), first);
     assert_eq!(catalog.node(2).state(), NodeState::Active);
     let reused = catalog.request("r", Op::DrainNode(pb::DrainNode { node_id: 1 }));
-    assert!(matches!(reused, MetaOutcome::Refused(MetaRefusal::RequestIdReused { .. })));
-}
-
-/// As a cluster of one node wrote them before there could be several: `kind key record`, in hex.
-const FORMER: &str = include_str!("machine_support/former_catalog.hex");
-
-#[test]
-fn what_one_node_wrote_is_still_read() {
-    let mut store = Store::new(false);
-    for line in FORMER.lines().filter(|line| !line.starts_with('#')) {
-        let mut words = line.split(' ');
-        let kind = match words.next().unwrap() {
-            "cluster" => MetaKind::Cluster,
-            "node" => MetaKind::Node,
-            "group" => MetaKind::Group,
-            "stream" => MetaKind::Stream,
-            other => panic!("{other}"),
-        };
-        let bytes = |hex: &str| -> Vec<u8> {
-            let digits = hex.as_bytes().chunks(2);
-            digits.map(|two| u8::from_str_radix(std::str::from_utf8(two).unwrap(), 16).unwrap()).collect()
-        };
-        let key = bytes(words.next().unwrap());
-        let record = bytes(words.next().unwrap());
-        store.0.borrow_mut().meta.insert((kind, key), record);
-    }
-    let mut machine = load(&store);
-    let cluster = machine.cluster().unwrap();
-    assert_eq!((cluster.cluster_name.as_str(), cluster.revision, cluster.meta.clone()), ("test", 7, None));
-    assert_eq!(machine.cluster_version(), 1);
-    let record = machine.node(NodeId::new(11)).unwrap();
-    assert_eq!((record.name.as_str(), record.state(), record.incarnation), ("n1", NodeState::Active, 3));
-    let stream = machine.stream_by_name("default", "orders").unwrap();
-    let group = GroupId::new(stream.shards[0].group_id);
-    let shape = machine.shape();
-    assert_eq!((shape.groups[&group].wanted, shape.groups[&group].formed), (1, false));
-    assert!(shape.moves.is_empty() && shape.splits.is_empty());
-    assert_eq!(shape.settings, Default::default());
-    // Its next start makes it the first node of a cluster, with the replica that it has had all along.
-    let mut apply = |op| {
-        let command = pb::MetaCommand {
-            time_us: 9_000,
-            request_id: String::new(),
-            op: Some(op),
-        };
-        machine.apply(&mut store, &command).unwrap()
-    };
-    apply(Op::JoinNode(pb::JoinNode {
-        node_id: 11,
-        name: "n1".into(),
-        incarnation: 4,
-        store_id: "s".into(),
-        ..pb::JoinNode::default()
-    }));
-    apply(Op::JoinNode(pb::JoinNode {
-        node_id: 12,
-        name: "n2".into(),
-        incarnation: 1,
-        ..pb::JoinNode::default()
-    }));
-    let meta = machine.cluster().unwrap().meta.clone().unwrap();
-    assert_eq!((meta.voters, meta.learners), (vec![1], vec![4]), "r2 and r3 were given to the pool");
-    assert_eq!(machine.cluster().unwrap().next_replica_id, 5);
+    assert!(matches!(
+        reused,
+        MetaOutcome::Refused(MetaRefusal::RequestIdReused { .. })
+    ));
 }

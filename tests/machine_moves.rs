@@ -137,12 +137,18 @@ fn nothing_of_a_sealed_shard_changes() {
         let outcome = apply(&mut from, &store, op).unwrap();
         assert_eq!(outcome, GroupOutcome::Moved { to: TO }, "{text}");
     }
-    assert_eq!(sealed(apply(&mut from, &store, seal(TO, 5)).unwrap()), (tail, digest, true));
+    assert_eq!(
+        sealed(apply(&mut from, &store, seal(TO, 5)).unwrap()),
+        (tail, digest, true)
+    );
     assert_eq!(store.0.borrow().writes, Vec::<String>::new());
     assert_eq!(from.shard(SHARD).unwrap().next_expiry(), None);
     // The same from one that was loaded anew.
     let mut again = GroupMachine::data(GROUP, [store.load()]);
-    assert_eq!(sealed(apply(&mut again, &store, seal(TO, 5)).unwrap()), (tail, digest, true));
+    assert_eq!(
+        sealed(apply(&mut again, &store, seal(TO, 5)).unwrap()),
+        (tail, digest, true)
+    );
     let outcome = apply(&mut again, &store, publish(200, 1, 2, None)).unwrap();
     assert_eq!(outcome, GroupOutcome::Moved { to: TO });
 }
@@ -276,6 +282,12 @@ fn a_producer_goes_on_in_the_new_group() {
     let (tail, digest, _) = sealed(apply(&mut from, &store, seal(TO, 1)).unwrap());
     apply(&mut to, &store, adopt(GROUP, 1, tail, digest)).unwrap();
     // Sent again, because the answer was lost on the way.
-    assert_eq!(first_of(apply(&mut to, &store, publish(150, 1, 1, None)).unwrap()), (Sequence::new(1), true));
-    assert_eq!(first_of(apply(&mut to, &store, publish(150, 1, 2, None)).unwrap()), (Sequence::new(2), false));
+    assert_eq!(
+        first_of(apply(&mut to, &store, publish(150, 1, 1, None)).unwrap()),
+        (Sequence::new(1), true)
+    );
+    assert_eq!(
+        first_of(apply(&mut to, &store, publish(150, 1, 2, None)).unwrap()),
+        (Sequence::new(2), false)
+    );
 }

@@ -437,7 +437,12 @@ fn files_of_one_retention_go_whole_without_rewriting() {
     store.reclaim_now().unwrap();
     let after = blob_names(dir.path());
     // A quarter is live; the file at each end of it, and one where a flush by time cut it, may hold some of both.
-    assert!(after.len() <= before.len() / 4 + 3, "{} of {}", after.len(), before.len());
+    assert!(
+        after.len() <= before.len() / 4 + 3,
+        "{} of {}",
+        after.len(),
+        before.len()
+    );
     assert!(after.iter().all(|f| before.contains(f)), "nothing was rewritten");
 }
 

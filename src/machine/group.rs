@@ -29,11 +29,7 @@ pub enum GroupOutcome {
     /// Of a change of the catalog.
     Meta(MetaOutcome),
     /// The shard takes nothing any more in this group; `tail` and `digest` are what its adoption must find.
-    Sealed {
-        tail: Sequence,
-        digest: u64,
-        existed: bool,
-    },
+    Sealed { tail: Sequence, digest: u64, existed: bool },
     /// The shard is of this group from now on; it was before if `existed`.
     Adopted { tail: Sequence, existed: bool },
     /// The shard was sealed here: it belongs to that group, or will in a moment. Nothing was done.

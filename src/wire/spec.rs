@@ -8,9 +8,9 @@ use super::v1::{DiscardPolicy, Durability, Limits, Partitioning, Placement, Stre
 use crate::model::Filter;
 use crate::model::limits::{
     DESCRIPTION_BYTES_MAX, DUPLICATE_IDS_DEFAULT, DUPLICATE_IDS_MAX, DUPLICATE_WINDOW_DEFAULT_US,
-    DUPLICATE_WINDOW_MAX_US, LABEL_BYTES_MAX, MAX_AGE_MIN_US, MESSAGE_BYTES_MAX, METADATA_BYTES_MAX, METADATA_PAIRS_MAX, NAME_BYTES_MAX,
-    NAMESPACE_BYTES_MAX, PLACEMENT_TAGS_MAX, PLACEMENT_ZONES_MAX, PRODUCER_IDLE_US, PRODUCERS_MAX, REPLICAS_MAX,
-    SHARDS_MAX, STREAM_SUBJECTS_MAX,
+    DUPLICATE_WINDOW_MAX_US, LABEL_BYTES_MAX, MAX_AGE_MIN_US, MESSAGE_BYTES_MAX, METADATA_BYTES_MAX,
+    METADATA_PAIRS_MAX, NAME_BYTES_MAX, NAMESPACE_BYTES_MAX, PLACEMENT_TAGS_MAX, PLACEMENT_ZONES_MAX, PRODUCER_IDLE_US,
+    PRODUCERS_MAX, REPLICAS_MAX, SHARDS_MAX, STREAM_SUBJECTS_MAX,
 };
 use crate::model::partition;
 
@@ -35,14 +35,7 @@ pub const UPDATABLE: &[&str] = &[
 ];
 
 /// Fields of the spec that are fixed when a stream is created.
-const FIXED: &[&str] = &[
-    "namespace",
-    "name",
-    "partitioning",
-    "shards",
-    "durability",
-    "dedicated",
-];
+const FIXED: &[&str] = &["namespace", "name", "partitioning", "shards", "durability", "dedicated"];
 
 /// What is wrong with a spec, and with which field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -120,7 +120,10 @@ impl Catalog {
 
 pub fn load(store: &Store) -> MetaMachine {
     let state = store.0.borrow();
-    let records = state.meta.iter().map(|((kind, key), record)| (*kind, key.as_slice(), record.as_slice()));
+    let records = state
+        .meta
+        .iter()
+        .map(|((kind, key), record)| (*kind, key.as_slice(), record.as_slice()));
     MetaMachine::load(records).unwrap()
 }
 
@@ -138,7 +141,10 @@ pub fn node(id: u64) -> pb::JoinNode {
 }
 
 pub fn voters(group: &pb::GroupRecord) -> Vec<u64> {
-    let voters = group.replicas.iter().filter(|replica| replica.role() == ReplicaRole::Voter);
+    let voters = group
+        .replicas
+        .iter()
+        .filter(|replica| replica.role() == ReplicaRole::Voter);
     voters.map(|replica| replica.replica_id).collect()
 }
 

@@ -1,8 +1,9 @@
 //! A cluster made of the real catalog, the real planner, and the simplest thing that could stand for Raft groups: who votes,
 //! who leads, who is up. It does what it is told and watches that nothing it is told does harm.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
 mod rest;
+pub mod story;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -272,7 +273,11 @@ impl World {
                 }
             }
             Step::SealShard {
-                stream, shard, move_id, from, ..
+                stream,
+                shard,
+                move_id,
+                from,
+                ..
             } => {
                 let raft = self.rafts.get_mut(from).unwrap();
                 raft.index += 10;
@@ -281,11 +286,19 @@ impl World {
                     shard_id: shard.get(),
                     stream_id: stream.to_string(),
                     move_id: *move_id,
-                    seal: Some(pb::Seal { index, tail: 7, digest: 9 }),
+                    seal: Some(pb::Seal {
+                        index,
+                        tail: 7,
+                        digest: 9,
+                    }),
                 }));
             }
             Step::AdoptShard {
-                stream, shard, move_id, to, ..
+                stream,
+                shard,
+                move_id,
+                to,
+                ..
             } => {
                 let raft = self.rafts.get_mut(to).unwrap();
                 raft.index += 10;
@@ -350,11 +363,18 @@ impl World {
             voters: group.replicas.iter().map(|replica| replica.replica_id).collect(),
             ..Raft::default()
         });
-        let leads = raft.leader.is_some_and(|leader| raft.voters.contains(&leader) && self.runs(group, leader));
+        let leads = raft
+            .leader
+            .is_some_and(|leader| raft.voters.contains(&leader) && self.runs(group, leader));
         if !self.has_quorum(group, &raft.voters) {
             raft.leader = None;
         } else if !leads {
-            let live: Vec<u64> = raft.voters.iter().copied().filter(|voter| self.runs(group, *voter)).collect();
+            let live: Vec<u64> = raft
+                .voters
+                .iter()
+                .copied()
+                .filter(|voter| self.runs(group, *voter))
+                .collect();
             raft.leader = Some(live[self.rng.random_range(0..live.len())]);
         }
         let formed = raft.leader.is_some() && !group.formed;
@@ -376,7 +396,11 @@ impl World {
             return Ok(());
         };
         if !change.ready {
-            for replica in group.replicas.iter().filter(|r| r.role() == ReplicaRole::Learner && !r.caught_up) {
+            for replica in group
+                .replicas
+                .iter()
+                .filter(|r| r.role() == ReplicaRole::Learner && !r.caught_up)
+            {
                 if self.is_up(replica.node_id) && self.rng.random_bool(0.5) {
                     self.must(Op::ReplicaCaughtUp(pb::ReplicaCaughtUp {
                         group_id: group.group_id,
@@ -407,14 +431,20 @@ impl World {
         }
         // One that was elected after the change was planned hands over by itself.
         if raft.leader.is_some_and(|leader| change.remove.contains(&leader)) {
-            let heir = after.iter().copied().find(|id| self.runs(group, *id) && raft.voters.contains(id));
+            let heir = after
+                .iter()
+                .copied()
+                .find(|id| self.runs(group, *id) && raft.voters.contains(id));
             let Some(heir) = heir else { return Ok(()) };
             self.rafts.get_mut(&id).unwrap().leader = Some(heir);
         }
         let (before, wanted) = (raft.voters.len(), (group.replica_count as usize).max(1));
         let fewer = change.reason() == pb::ChangeReason::Scale && change.add.is_empty();
         if !fewer && after.len() < before.min(wanted) {
-            return Err(format!("{id}: {before} voters become {} of {wanted} by {change:?}", after.len()));
+            return Err(format!(
+                "{id}: {before} voters become {} of {wanted} by {change:?}",
+                after.len()
+            ));
         }
         let raft = self.rafts.get_mut(&id).unwrap();
         raft.voters = after;
@@ -433,7 +463,9 @@ impl World {
         let desired: BTreeSet<u64> = meta.voters.iter().copied().collect();
         let up = |world: &Self, ids: &BTreeSet<u64>| {
             let nodes = world.machine.present_nodes();
-            nodes.filter(|node| ids.contains(&node.meta_replica_id) && world.is_up(node.node_id)).count()
+            nodes
+                .filter(|node| ids.contains(&node.meta_replica_id) && world.is_up(node.node_id))
+                .count()
         };
         if desired != self.meta_voters
             && up(self, &desired) > desired.len() / 2
@@ -459,17 +491,34 @@ impl World {
         for _ in 0..600 {
             let ready = self.tick()?;
             let under_way = self.machine.groups().any(|group| {
-                group.change.is_some() && self.rafts.get(&GroupId::new(group.group_id)).is_some_and(|r| r.leader.is_some())
+                group.change.is_some()
+                    && self
+                        .rafts
+                        .get(&GroupId::new(group.group_id))
+                        .is_some_and(|r| r.leader.is_some())
             });
-            let moving = self.machine.shape().moves.iter().any(|moving| self.led(moving.from) && self.led(moving.to));
-            quiet = if ready == 0 && !under_way && !moving { quiet + 1 } else { 0 };
+            let moving = self
+                .machine
+                .shape()
+                .moves
+                .iter()
+                .any(|moving| self.led(moving.from) && self.led(moving.to));
+            quiet = if ready == 0 && !under_way && !moving {
+                quiet + 1
+            } else {
+                0
+            };
             // Longer than a node may be silent: nothing comes later either.
             if quiet > REPLACE_AFTER_S as usize + 5 {
                 return Ok(());
             }
         }
         let left: Vec<String> = self.plan().iter().map(|action| action.to_string()).collect();
-        Err(format!("not settled after 600 s: {}\ndone: {:?}", left.join("\n"), self.done))
+        Err(format!(
+            "not settled after 600 s: {}\ndone: {:?}",
+            left.join("\n"),
+            self.done
+        ))
     }
 
     fn led(&self, group: GroupId) -> bool {

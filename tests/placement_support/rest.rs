@@ -91,7 +91,11 @@ impl World {
                 return Err(format!("n{from} is drained and still leads {group}, n{to} could"));
             }
             if count(from) > count(to) + 1 {
-                return Err(format!("n{from} leads {}, n{to} {}: {group} could move", count(from), count(to)));
+                return Err(format!(
+                    "n{from} leads {}, n{to} {}: {group} could move",
+                    count(from),
+                    count(to)
+                ));
             }
         }
         Ok(())
@@ -100,7 +104,10 @@ impl World {
     fn check_splits(&self, shape: &ClusterShape) -> Result<(), String> {
         let healthy = |group: &GroupId| self.led(*group);
         match shape.splits.iter().find(|split| healthy(&split.group)) {
-            Some(split) => Err(format!("{} of {} is still in its pooled group", split.shard, split.name)),
+            Some(split) => Err(format!(
+                "{} of {} is still in its pooled group",
+                split.shard, split.name
+            )),
             None => Ok(()),
         }
     }

@@ -36,7 +36,11 @@ pub enum Step {
         to: ReplicaId,
     },
     /// Begin to move a shard to a new group on the same nodes.
-    SplitShard { stream: StreamId, shard: ShardId, from: GroupId },
+    SplitShard {
+        stream: StreamId,
+        shard: ShardId,
+        from: GroupId,
+    },
     /// Propose `SealShard` in `from`, and report it.
     SealShard {
         stream: StreamId,

@@ -68,7 +68,11 @@ impl Planner<'_> {
                 };
                 let there = zones.get(self.zone(node)).copied().unwrap_or(0);
                 if there < here {
-                    found = Some((replica, node, format!("zone {:?} holds {} of its replicas", self.zone(replica.node), here + 1)));
+                    found = Some((
+                        replica,
+                        node,
+                        format!("zone {:?} holds {} of its replicas", self.zone(replica.node), here + 1),
+                    ));
                     break;
                 }
             }
@@ -77,7 +81,14 @@ impl Planner<'_> {
             if standing.obstacle().is_some() {
                 continue;
             }
-            self.change(&standing, vec![node], vec![replica.id], ChangeReason::Balance, why, String::new());
+            self.change(
+                &standing,
+                vec![node],
+                vec![replica.id],
+                ChangeReason::Balance,
+                why,
+                String::new(),
+            );
             self.busy.insert(group.id);
         }
     }
@@ -116,9 +127,16 @@ impl Planner<'_> {
             // One that does not lead there is moved without a hand-over.
             let leads = |group: &GroupShape| {
                 let leader = self.reports.groups.get(&group.id).map(|report| report.leader);
-                group.voters().any(|replica| replica.node == from && Some(replica.id) == leader)
+                group
+                    .voters()
+                    .any(|replica| replica.node == from && Some(replica.id) == leader)
             };
-            let Some(group) = here.iter().filter(fits).min_by_key(|group| (leads(group), group.id)).copied() else {
+            let Some(group) = here
+                .iter()
+                .filter(fits)
+                .min_by_key(|group| (leads(group), group.id))
+                .copied()
+            else {
                 continue;
             };
             let Some(replica) = group.voters().find(|replica| replica.node == from) else {
@@ -130,7 +148,14 @@ impl Planner<'_> {
                 self.name(to)
             );
             let standing = self.standing(group);
-            self.change(&standing, vec![to], vec![replica.id], ChangeReason::Balance, why, String::new());
+            self.change(
+                &standing,
+                vec![to],
+                vec![replica.id],
+                ChangeReason::Balance,
+                why,
+                String::new(),
+            );
             self.busy.insert(group.id);
             return true;
         }
@@ -146,7 +171,11 @@ impl Planner<'_> {
             .nodes
             .get(&to)
             .is_some_and(|node| node.allowed_by(group.placement.as_ref()).is_ok());
-        if !allowed || group.leaving.contains(&to) || group.nodes_after().any(|node| node == to) || self.standing(group).obstacle().is_some() {
+        if !allowed
+            || group.leaving.contains(&to)
+            || group.nodes_after().any(|node| node == to)
+            || self.standing(group).obstacle().is_some()
+        {
             return false;
         }
         let zones = self.zones_without(group, replica);

@@ -142,7 +142,10 @@ impl Planner<'_> {
             }
         }
         let remain = standing.voters.len() - lost.len();
-        let names: Vec<String> = lost.iter().map(|r| format!("{} on {}", r.id, self.name(r.node))).collect();
+        let names: Vec<String> = lost
+            .iter()
+            .map(|r| format!("{} on {}", r.id, self.name(r.node)))
+            .collect();
         let why = format!("{} lost: {}", lost.len(), names.join(", "));
         let needed = wanted.saturating_sub(remain);
         let full = self.excluded(group);

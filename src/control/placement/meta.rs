@@ -27,7 +27,9 @@ impl Planner<'_> {
         if let Some((node, replica)) = damaged.first().copied() {
             let why = format!("its log on {} is damaged", self.name(node));
             let left = meta.voters.iter().filter(|id| **id != replica).count();
-            let others = replicas.iter().filter(|(_, id)| **id != replica && meta.voters.contains(id));
+            let others = replicas
+                .iter()
+                .filter(|(_, id)| **id != replica && meta.voters.contains(id));
             let live = others.filter(|(node, _)| self.is_live(**node)).count();
             let step = Step::RenewMetaReplica { node, replica };
             match meta.voters.contains(&replica) && live < left / 2 + 1 {
@@ -49,7 +51,9 @@ impl Planner<'_> {
         }
         let node_of = |id: &ReplicaId| replicas.iter().find(|(_, found)| *found == id).map(|(node, _)| *node);
         let live = |ids: &BTreeSet<ReplicaId>| {
-            let live = ids.iter().filter(|id| node_of(id).is_some_and(|node| self.is_live(node)));
+            let live = ids
+                .iter()
+                .filter(|id| node_of(id).is_some_and(|node| self.is_live(node)));
             live.count()
         };
         let committed = &self.reports.meta.voters;
@@ -82,9 +86,9 @@ impl Planner<'_> {
         let Some(node) = node.filter(|node| self.state(*node) == NodeState::Draining) else {
             return false;
         };
-        let heir = replicas.iter().find(|(node, id)| {
-            self.is_active(**node) && report.voters.contains(id) && report.current.contains(id)
-        });
+        let heir = replicas
+            .iter()
+            .find(|(node, id)| self.is_active(**node) && report.voters.contains(id) && report.current.contains(id));
         let Some((_, to)) = heir else { return false };
         let (group, to) = (GroupId::META, *to);
         let why = format!("{} is drained", self.name(node));
@@ -98,7 +102,11 @@ impl Planner<'_> {
         let max = self.view.settings.meta_voters_max as usize;
         let of = |node: &NodeId| replicas.get(node).copied().unwrap_or_default();
         // Those that may stay, those that vote until there is another, those that could.
-        let voters: Vec<NodeId> = replicas.keys().copied().filter(|node| now.contains(&of(node))).collect();
+        let voters: Vec<NodeId> = replicas
+            .keys()
+            .copied()
+            .filter(|node| now.contains(&of(node)))
+            .collect();
         let (mut good, mut bad): (Vec<NodeId>, Vec<NodeId>) = voters
             .iter()
             .partition(|node| !self.gone.contains(node) && self.state(**node) == NodeState::Active);
@@ -124,12 +132,18 @@ impl Planner<'_> {
         bad.sort_by_key(|node| (!self.is_live(*node), self.gone.contains(node), *node));
         set.extend(bad.iter().take(size - set.len()));
         let mut why = format!("{} of the {size} voters there should be", good.len());
-        if set.iter().all(|node| now.contains(&of(node))) && chosen.is_empty() && bad.is_empty() {
-            if let Some((from, to)) = self.better_spread(&set, replicas) {
-                set.retain(|node| *node != from);
-                set.push(to);
-                why = format!("zone {:?} has several voters, {:?} fewer", self.meta_zone(from), self.meta_zone(to));
-            }
+        if set.iter().all(|node| now.contains(&of(node)))
+            && chosen.is_empty()
+            && bad.is_empty()
+            && let Some((from, to)) = self.better_spread(&set, replicas)
+        {
+            set.retain(|node| *node != from);
+            set.push(to);
+            why = format!(
+                "zone {:?} has several voters, {:?} fewer",
+                self.meta_zone(from),
+                self.meta_zone(to)
+            );
         }
         (set.iter().map(&of).collect(), why)
     }

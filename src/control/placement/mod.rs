@@ -78,7 +78,10 @@ impl<'a> Planner<'a> {
                     node.replicas += 1;
                 }
             }
-            let leader = reports.groups.get(&group.id).and_then(|report| group.replica(report.leader));
+            let leader = reports
+                .groups
+                .get(&group.id)
+                .and_then(|report| group.replica(report.leader));
             if let Some(node) = leader.and_then(|leader| nodes.get_mut(&leader.node)) {
                 node.leaders += 1;
             }
@@ -95,7 +98,8 @@ impl<'a> Planner<'a> {
             busy.extend([moving.from, moving.to]);
         }
         Self {
-            restless: !busy.is_empty(),
+            // What a group without a leader is at does not go on, and must not keep the others waiting.
+            restless: busy.iter().any(|group| reports.groups.contains_key(group)),
             view,
             reports,
             nodes,

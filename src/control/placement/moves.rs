@@ -36,7 +36,7 @@ impl Planner<'_> {
                     move_id,
                     from,
                     to,
-                    seal: seal.clone(),
+                    seal: *seal,
                 };
                 (step, self.no_leader(to))
             }
@@ -86,7 +86,9 @@ impl Planner<'_> {
         let view = self.view;
         let mut under_way = view.moves.len();
         for split in &view.splits {
-            let Some(group) = view.groups.get(&split.group) else { continue };
+            let Some(group) = view.groups.get(&split.group) else {
+                continue;
+            };
             let step = Step::SplitShard {
                 stream: split.stream,
                 shard: split.shard,

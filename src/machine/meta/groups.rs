@@ -164,7 +164,10 @@ impl MetaMachine {
             // One that is damaged never runs again: its successor may be on the same node, over the data set aside.
             let succeeds = reason == ChangeReason::Heal && remove.contains(&replica.replica_id);
             if !succeeds {
-                return Err(bad(format!("n{node_id} holds r{} of group {id} already", replica.replica_id)));
+                return Err(bad(format!(
+                    "n{node_id} holds r{} of group {id} already",
+                    replica.replica_id
+                )));
             }
         }
         // Its data is under the same keys as the new one's would be.
@@ -266,7 +269,9 @@ impl MetaMachine {
             let unchanged = set(&membership.voters) == voters(&group);
             let learners_gone = !membership.learners.iter().any(|id| change.add.contains(id));
             if !unchanged || !learners_gone {
-                return Err(bad("the membership told does not show that the change cannot happen any more"));
+                return Err(bad(
+                    "the membership told does not show that the change cannot happen any more",
+                ));
             }
             group.membership_index = membership.index;
         }
@@ -293,7 +298,11 @@ impl MetaMachine {
 
     pub(super) fn replica_gone(&mut self, sink: &mut dyn ShardSink, gone: &pb::ReplicaGone) -> Outcome {
         let mut group = self.known_group(gone.group_id)?;
-        if group.replicas.iter().any(|replica| replica.replica_id == gone.replica_id) {
+        if group
+            .replicas
+            .iter()
+            .any(|replica| replica.replica_id == gone.replica_id)
+        {
             return Err(bad(format!("r{} is not removed", gone.replica_id)));
         }
         let before = group.removed.len();

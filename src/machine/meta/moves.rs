@@ -39,7 +39,9 @@ impl MetaMachine {
     pub(super) fn unindex_moves(&mut self, stream: &pb::StreamRecord) {
         for (shard, moving) in moves(stream) {
             for group in [moving.from_group, moving.to_group].map(GroupId::new) {
-                let Some(shards) = self.moves.get_mut(&group) else { continue };
+                let Some(shards) = self.moves.get_mut(&group) else {
+                    continue;
+                };
                 shards.remove(&shard);
                 if shards.is_empty() {
                     self.moves.remove(&group);
@@ -66,7 +68,7 @@ impl MetaMachine {
         move_id: u64,
     ) -> Result<(pb::StreamRecord, usize, pb::ShardMove), MetaRefusal> {
         let (stream, at) = self.shard_of(stream_id, shard_id)?;
-        let found = stream.shards[at].moving.clone();
+        let found = stream.shards[at].moving;
         let actual = found.as_ref().map_or(0, |moving| moving.move_id);
         let moving = found
             .filter(|_| actual == move_id)
@@ -182,7 +184,7 @@ impl MetaMachine {
             }
         }
         moving.step = MoveStep::Sealed as i32;
-        moving.seal = Some(seal.clone());
+        moving.seal = Some(*seal);
         self.raise_log_floor(sink, moving.from_group, seal.index)?;
         let stream = self.put_move(sink, stream, at, Some(moving));
         self.raise_revision(sink);
@@ -195,7 +197,10 @@ impl MetaMachine {
             MoveStep::Sealed => {}
             MoveStep::Adopted => return Ok(MetaOutcome::ShardMoving(Arc::new(stream))),
             MoveStep::Planned | MoveStep::Unspecified => {
-                return Err(bad(format!("shard {} is not sealed: seal before adopt", adopted.shard_id)));
+                return Err(bad(format!(
+                    "shard {} is not sealed: seal before adopt",
+                    adopted.shard_id
+                )));
             }
         }
         let mut from = self.known_group(moving.from_group)?;

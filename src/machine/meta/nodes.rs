@@ -47,7 +47,10 @@ impl MetaMachine {
 
     pub(super) fn register_node(&mut self, sink: &mut dyn ShardSink, time_us: u64, node: &pb::RegisterNode) -> Outcome {
         // What it does not tell stays as it is.
-        let known = self.nodes.get(&NodeId::new(node.node_id)).map(|known| (**known).clone());
+        let known = self
+            .nodes
+            .get(&NodeId::new(node.node_id))
+            .map(|known| (**known).clone());
         let known = known.unwrap_or_default();
         self.join_node(
             sink,
@@ -144,7 +147,10 @@ impl MetaMachine {
                 join.tags.len()
             )));
         }
-        let labels = join.tags.iter().flat_map(|(key, value)| [("tags", key), ("tags", value)]);
+        let labels = join
+            .tags
+            .iter()
+            .flat_map(|(key, value)| [("tags", key), ("tags", value)]);
         let zone = (!join.zone.is_empty()).then_some(("zone", &join.zone));
         for (field, label) in labels.chain(zone) {
             spec::check_label(field, label).map_err(|error| bad(error.to_string()))?;
@@ -291,7 +297,11 @@ impl MetaMachine {
         if !voters.contains(&node.meta_replica_id) && !is_last {
             return Ok(());
         }
-        let left: Vec<u64> = voters.iter().copied().filter(|id| *id != node.meta_replica_id).collect();
+        let left: Vec<u64> = voters
+            .iter()
+            .copied()
+            .filter(|id| *id != node.meta_replica_id)
+            .collect();
         let live = self
             .present_nodes()
             .filter(|other| left.contains(&other.meta_replica_id) && !unreachable.contains(&other.node_id))
@@ -315,7 +325,12 @@ impl MetaMachine {
                 continue;
             }
             held += 1;
-            let voters = || group.replicas.iter().filter(|replica| replica.role() == ReplicaRole::Voter);
+            let voters = || {
+                group
+                    .replicas
+                    .iter()
+                    .filter(|replica| replica.role() == ReplicaRole::Voter)
+            };
             let reached = |replica: &&pb::ReplicaRecord| {
                 let id = replica.node_id;
                 let known = self.nodes.get(&NodeId::new(id));
@@ -383,23 +398,29 @@ impl MetaMachine {
         let settings = cluster.settings.get_or_insert_default();
         if let Some(voters) = update.meta_voters_max {
             if voters % 2 == 0 || voters > META_VOTERS_MAX {
-                return bad(format!("meta_voters_max is {voters}; 1, 3 or {META_VOTERS_MAX} is allowed"));
+                return bad(format!(
+                    "meta_voters_max is {voters}; 1, 3 or {META_VOTERS_MAX} is allowed"
+                ));
             }
             settings.meta_voters_max = voters;
         }
         if let Some(us) = update.replace_after_us {
             if us < REPLACE_AFTER_MIN_US {
-                return bad(format!("replace_after is {us} µs; at least {REPLACE_AFTER_MIN_US} is allowed"));
+                return bad(format!(
+                    "replace_after is {us} µs; at least {REPLACE_AFTER_MIN_US} is allowed"
+                ));
             }
             settings.replace_after_us = us;
         }
         if let Some(moves) = update.moves_per_node_max {
             if moves == 0 || moves > MOVES_PER_NODE_MAX {
-                return bad(format!("moves_per_node_max is {moves}; 1-{MOVES_PER_NODE_MAX} is allowed"));
+                return bad(format!(
+                    "moves_per_node_max is {moves}; 1-{MOVES_PER_NODE_MAX} is allowed"
+                ));
             }
             settings.moves_per_node_max = moves;
         }
-        if known.settings.clone().unwrap_or_default() == *settings {
+        if known.settings.unwrap_or_default() == *settings {
             return Ok(MetaOutcome::ClusterChanged(known.clone()));
         }
         Ok(MetaOutcome::ClusterChanged(self.put_cluster(sink, cluster)))

@@ -70,16 +70,14 @@ pub enum MetaRefusal {
         "node n{node_id} is known with store {known}, this is store {found}: an emptied or copied disk; give it a data \
          directory of its own, and remove the old node"
     )]
-    OtherStore {
-        node_id: u64,
-        known: String,
-        found: String,
-    },
+    OtherStore { node_id: u64, known: String, found: String },
     /// The store has joined as another node: this is a copy of a disk.
     #[error("store {store_id} has joined as node n{node_id}: this disk is a copy of that one")]
     StoreTaken { store_id: String, node_id: u64 },
     /// It was removed, and node ids are not given again.
-    #[error("node {name:?} (n{node_id}) was removed from the cluster; it can only come back with an empty data directory")]
+    #[error(
+        "node {name:?} (n{node_id}) was removed from the cluster; it can only come back with an empty data directory"
+    )]
     NodeRemoved { name: String, node_id: u64 },
     /// The cluster uses features that it does not know.
     #[error("node {name:?} knows cluster version {knows}, the cluster is at {now}: install a newer version")]

@@ -155,7 +155,12 @@ impl Maker<'_> {
     }
 
     fn has_quorum(&self, group: &pb::GroupRecord) -> bool {
-        let voters = || group.replicas.iter().filter(|replica| replica.role() == ReplicaRole::Voter);
+        let voters = || {
+            group
+                .replicas
+                .iter()
+                .filter(|replica| replica.role() == ReplicaRole::Voter)
+        };
         let live = voters().filter(|replica| {
             let node = self.machine.nodes.get(&NodeId::new(replica.node_id));
             !self.unreachable.contains(&replica.node_id) && node.is_some_and(|node| node.state() != NodeState::Removed)

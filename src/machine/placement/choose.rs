@@ -59,7 +59,11 @@ pub enum VerdictKind {
     /// The placement names other zones.
     OtherZone { zone: String },
     /// The placement asks for a tag that it does not have so.
-    OtherTag { key: String, wanted: String, has: Option<String> },
+    OtherTag {
+        key: String,
+        wanted: String,
+        has: Option<String>,
+    },
     /// The request excludes it.
     Excluded { why: String },
     /// It would do, but its zone holds more replicas of the group than another that would do.
@@ -93,7 +97,10 @@ impl fmt::Display for VerdictKind {
             VerdictKind::OtherTag { key, wanted, has: None } => write!(f, "not: it has no tag {key}={wanted}"),
             VerdictKind::Excluded { why } => write!(f, "not: {why}"),
             VerdictKind::ZoneTaken { zone, in_zone } => {
-                write!(f, "not needed: zone {zone:?} holds {in_zone} replicas of the group already")
+                write!(
+                    f,
+                    "not needed: zone {zone:?} holds {in_zone} replicas of the group already"
+                )
             }
             VerdictKind::Busier { replicas } => write!(f, "not needed: it has more to do ({replicas} replicas)"),
         }

@@ -5,7 +5,7 @@ mod choose;
 mod shape;
 
 pub use choose::{Choice, Request, Verdict, VerdictKind, place};
+pub(in crate::machine) use shape::wanted_replicas;
 pub use shape::{
     ChangeShape, ClusterShape, GroupShape, MetaShape, MoveShape, NodeShape, Nodes, ReplicaShape, Settings, SplitShape,
 };
-pub(in crate::machine) use shape::wanted_replicas;

@@ -119,14 +119,20 @@ impl GroupShape {
             }),
             shards: record.shards,
             log_floor: record.log_floor,
-            leaving: record.removed.iter().map(|replica| NodeId::new(replica.node_id)).collect(),
+            leaving: record
+                .removed
+                .iter()
+                .map(|replica| NodeId::new(replica.node_id))
+                .collect(),
             replicas,
         }
     }
 
     /// Its voters, in the order of their making.
     pub fn voters(&self) -> impl Iterator<Item = &ReplicaShape> {
-        self.replicas.iter().filter(|replica| replica.role == ReplicaRole::Voter)
+        self.replicas
+            .iter()
+            .filter(|replica| replica.role == ReplicaRole::Voter)
     }
 
     /// A replica of it.
@@ -291,7 +297,7 @@ impl ClusterShape {
                     shard,
                     from: GroupId::new(record.from_group),
                     to: GroupId::new(record.to_group),
-                    record: record.clone(),
+                    record: *record,
                 });
                 continue;
             }

@@ -17,7 +17,9 @@ pub enum AdoptFault {
     #[error("shard {shard} is not sealed here yet by {from}: its seal must be applied first")]
     NotSealed { shard: ShardId, from: GroupId },
     /// This replica's copy is not what the seal said: one of them is damaged.
-    #[error("shard {shard} has tail {tail} and digest {digest:016x}, its seal said {sealed_tail} and {sealed_digest:016x}")]
+    #[error(
+        "shard {shard} has tail {tail} and digest {digest:016x}, its seal said {sealed_tail} and {sealed_digest:016x}"
+    )]
     Differs {
         shard: ShardId,
         tail: Sequence,
@@ -89,7 +91,10 @@ impl ShardMachine {
     ) -> Result<Self, AdoptFault> {
         let bad = |why: String| AdoptFault::Bad { shard, why };
         let from = GroupId::new(adopt.from_group);
-        let expected = adopt.seal.as_ref().ok_or_else(|| bad("the entry holds no seal".into()))?;
+        let expected = adopt
+            .seal
+            .as_ref()
+            .ok_or_else(|| bad("the entry holds no seal".into()))?;
         let state = found.filter(|state| state.group == from);
         let state = state.ok_or(AdoptFault::NotSealed { shard, from })?;
         let mut machine = Self::load(

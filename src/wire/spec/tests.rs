@@ -41,11 +41,24 @@ fn refusals_name_the_field() {
         ("subjects", spec(|s| s.subjects = vec!["a".into(); 65])),
         ("shards", spec(|s| s.shards = 1_025)),
         ("replicas", spec(|s| s.replicas = 8)),
-        ("placement", spec(|s| s.placement.get_or_insert_default().zones = vec!["a b".into()])),
-        ("placement", spec(|s| s.placement.get_or_insert_default().zones = vec!["z".into(); 33])),
         (
             "placement",
-            spec(|s| drop(s.placement.get_or_insert_default().tags.insert("disk".into(), String::new()))),
+            spec(|s| s.placement.get_or_insert_default().zones = vec!["a b".into()]),
+        ),
+        (
+            "placement",
+            spec(|s| s.placement.get_or_insert_default().zones = vec!["z".into(); 33]),
+        ),
+        (
+            "placement",
+            spec(|s| {
+                drop(
+                    s.placement
+                        .get_or_insert_default()
+                        .tags
+                        .insert("disk".into(), String::new()),
+                )
+            }),
         ),
         ("duplicate_ids_max", spec(|s| s.duplicate_ids_max = Some(0))),
         ("duplicate_window_us", spec(|s| s.duplicate_window_us = Some(u64::MAX))),
