@@ -9,7 +9,7 @@ use tonic::service::Routes;
 
 use super::config::Config;
 use super::engine::{Context, Engine, StartError};
-use crate::api::{self, Edge, ServerFacts};
+use crate::api::{self, Bounds, Edge, ServerFacts};
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
 use crate::broker::Broker;
 use crate::control::view::View;
@@ -165,8 +165,10 @@ impl Running {
             context.alarms.clone(),
             sessions.clone(),
             context.draining.clone(),
-            config.limits.sessions_max as usize,
-            context.read_memory.clone(),
+            Bounds {
+                sessions_max: config.limits.sessions_max as usize,
+                read_memory: context.read_memory.clone(),
+            },
             ServerFacts {
                 node_name: config.node.name.clone(),
                 node_id: identity.node_id.get(),
