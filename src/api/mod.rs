@@ -2,6 +2,7 @@
 //! here: draining, session counts, memory, disk space.
 
 mod admin;
+mod cluster;
 mod outgoing;
 mod publish;
 mod publish_session;
@@ -25,6 +26,7 @@ use crate::base::tasks::Tasks;
 use crate::broker::Broker;
 use crate::broker::error::ReadError;
 use crate::control::Control;
+use crate::control::operations::Operations;
 use crate::model::limits::GRPC_MESSAGE_BYTES_MAX;
 use crate::wire::v1;
 
@@ -52,6 +54,7 @@ pub struct ServerFacts {
 pub struct Edge {
     pub broker: Arc<Broker>,
     pub control: Arc<Control>,
+    pub operations: Arc<Operations>,
     pub alarms: Alarms,
     /// Sessions are tasks of this group; they end when it is drained.
     pub tasks: Tasks,
@@ -69,6 +72,7 @@ pub struct Edge {
 enum SessionKind {
     Publish,
     Read,
+    Watch,
 }
 
 impl SessionKind {
@@ -76,6 +80,7 @@ impl SessionKind {
         match self {
             SessionKind::Publish => "publish",
             SessionKind::Read => "read",
+            SessionKind::Watch => "watch",
         }
     }
 }
@@ -121,7 +126,7 @@ impl Edge {
     /// See the fields.
     pub fn new(
         broker: Arc<Broker>,
-        control: Arc<Control>,
+        operations: Arc<Operations>,
         alarms: Alarms,
         tasks: Tasks,
         draining: watch::Receiver<bool>,
@@ -131,7 +136,8 @@ impl Edge {
     ) -> Arc<Self> {
         Arc::new(Self {
             broker,
-            control,
+            control: operations.control().clone(),
+            operations,
             alarms,
             tasks,
             draining,
@@ -181,6 +187,11 @@ pub fn routes(edge: Arc<Edge>) -> tonic::service::Routes {
     )
     .add_service(
         v1::stream_service_server::StreamServiceServer::new(admin::Streams { edge: edge.clone() })
+            .max_decoding_message_size(max)
+            .max_encoding_message_size(max),
+    )
+    .add_service(
+        v1::cluster_service_server::ClusterServiceServer::new(cluster::Cluster { edge: edge.clone() })
             .max_decoding_message_size(max)
             .max_encoding_message_size(max),
     )

@@ -12,6 +12,7 @@ use super::engine::{Context, Engine, StartError};
 use crate::api::{self, Edge, ServerFacts};
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
 use crate::broker::Broker;
+use crate::control::operations::Operations;
 use crate::control::view::View;
 use crate::control::{Control, NodeFacts};
 use crate::monitor::StatusSource;
@@ -158,9 +159,17 @@ impl Running {
             work.clone(),
             context.publish_memory.clone(),
         );
+        let operations = Operations::start(
+            control,
+            groups.clone(),
+            store.clone(),
+            context.clock.clone(),
+            context.alarms.clone(),
+            &work,
+        );
         let edge = Edge::new(
             broker,
-            control,
+            operations,
             context.alarms.clone(),
             sessions.clone(),
             context.draining.clone(),
