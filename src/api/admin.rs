@@ -51,11 +51,7 @@ impl Streams {
     }
 }
 
-fn stream_of(
-    stream: &StreamView,
-    picture: &Picture<'_>,
-    groups: &HashMap<GroupId, v1::GroupReport>,
-) -> v1::Stream {
+fn stream_of(stream: &StreamView, picture: &Picture<'_>, groups: &HashMap<GroupId, v1::GroupReport>) -> v1::Stream {
     let shards = stream.shards.iter().map(|place| {
         let mut shard = v1::Shard {
             index: place.index,

@@ -50,7 +50,9 @@ fn patience(asked: Option<u64>) -> Result<Duration, Refusal> {
 
 fn node_named(node: &str) -> Result<(), Refusal> {
     if node.is_empty() {
-        return Err(bad("name a node, by its name or its id: `mainstem cluster nodes` lists them"));
+        return Err(bad(
+            "name a node, by its name or its id: `mainstem cluster nodes` lists them",
+        ));
     }
     Ok(())
 }
@@ -182,10 +184,7 @@ impl ClusterService for Cluster {
         }))
     }
 
-    async fn step_down(
-        &self,
-        request: Request<v1::StepDownRequest>,
-    ) -> Result<Response<v1::StepDownResponse>, Status> {
+    async fn step_down(&self, request: Request<v1::StepDownRequest>) -> Result<Response<v1::StepDownResponse>, Status> {
         self.edge.accepting()?;
         let request = request.into_inner();
         let target = match request.target.ok_or_else(no_target)? {

@@ -109,7 +109,7 @@ impl Drop for SessionPlace {
 }
 
 /// The answers of a session, with its place: what a client has not taken of a session that has ended counts as one.
-struct Placed<S> {
+pub struct Placed<S> {
     answers: S,
     _place: SessionPlace,
 }

@@ -96,7 +96,9 @@ pub enum PublishError {
     #[error("{group} has had no leader that answers for {}.{} s; nothing was stored, try again", waited.as_secs(), waited.subsec_millis() / 100)]
     NoLeader { group: GroupId, waited: Duration },
     /// Too few of the group's nodes are reached for it to have one.
-    #[error("{group} has no quorum: {live} of its {replicas} nodes are reached, {needed} are needed; nothing was stored, try again")]
+    #[error(
+        "{group} has no quorum: {live} of its {replicas} nodes are reached, {needed} are needed; nothing was stored, try again"
+    )]
     NoQuorum {
         group: GroupId,
         live: usize,

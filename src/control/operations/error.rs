@@ -23,7 +23,9 @@ pub enum OrderError {
     NoReplicaThere { group: GroupId, node: String },
     #[error("{group} has a replica on {node} already")]
     ReplicaThere { group: GroupId, node: String },
-    #[error("{group} holds {shards} shards, of several streams: all of them would move; allow that, or change the stream's own placement")]
+    #[error(
+        "{group} holds {shards} shards, of several streams: all of them would move; allow that, or change the stream's own placement"
+    )]
     Shared { group: GroupId, shards: u32 },
     #[error("{group} has no leader: {have} of {voters} voters answer, {need} are needed")]
     Leaderless {

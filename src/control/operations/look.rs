@@ -248,7 +248,9 @@ impl Operations {
         let on_page: HashSet<u64> = page.iter().map(|s| s.group_id).collect();
         let mut wrong = relevant.clone();
         wrong.push(meta.clone());
-        let problems = problems(&gathered, &wrong, &shard_names(&self.view().all_streams()), &|n| names.of(n));
+        let problems = problems(&gathered, &wrong, &shard_names(&self.view().all_streams()), &|n| {
+            names.of(n)
+        });
         relevant.retain(|g| on_page.contains(&g.group_id) || (first_page && asked.is_none() && g.shards == 0));
         Ok(v1::GetReportResponse {
             shards: page.to_vec(),
@@ -288,11 +290,7 @@ impl Operations {
                 shard_id: m.shard.get(),
                 namespace: stream.spec.namespace.clone(),
                 stream: stream.spec.name.clone(),
-                index: stream
-                    .shards
-                    .iter()
-                    .find(|p| p.shard == m.shard)
-                    .map_or(0, |p| p.index),
+                index: stream.shards.iter().find(|p| p.shard == m.shard).map_or(0, |p| p.index),
                 from_group: m.from.get(),
                 to_group: m.to.get(),
                 step: match m.step() {
@@ -315,7 +313,9 @@ impl Operations {
         let names = self.names();
         let mut groups = self.reports(&picture, &names);
         groups.push(self.meta_report(&picture, &names));
-        let problems = problems(&gathered, &groups, &shard_names(&self.view().all_streams()), &|n| names.of(n));
+        let problems = problems(&gathered, &groups, &shard_names(&self.view().all_streams()), &|n| {
+            names.of(n)
+        });
         watcher.see(&Look {
             time_us: gathered.time_us,
             nodes: self.nodes_of(&gathered, true),

@@ -167,7 +167,13 @@ impl Operations {
         let nodes: BTreeSet<NodeId> = groups
             .iter()
             .filter_map(|group| self.view().group_record(*group))
-            .flat_map(|record| record.replicas.iter().map(|r| NodeId::new(r.node_id)).collect::<Vec<_>>())
+            .flat_map(|record| {
+                record
+                    .replicas
+                    .iter()
+                    .map(|r| NodeId::new(r.node_id))
+                    .collect::<Vec<_>>()
+            })
             .collect();
         let call = pb::NodeReportCall {
             groups: groups.iter().map(|group| group.get()).collect(),

@@ -134,7 +134,13 @@ impl Operations {
                 })?
             }
         };
-        let node = |replica: u64| record.replicas.iter().find(|r| r.replica_id == replica).map(|r| r.node_id);
+        let node = |replica: u64| {
+            record
+                .replicas
+                .iter()
+                .find(|r| r.replica_id == replica)
+                .map(|r| r.node_id)
+        };
         Ok(v1::StepDownResponse {
             group_id: record.group_id,
             from_node: leader.get(),
@@ -236,7 +242,8 @@ impl Operations {
     /// The node gives away what it has, and takes nothing new.
     pub async fn drain_node(&self, node: &str, request_id: String) -> Result<v1::Node, OrderError> {
         let node_id = self.find_node(node)?.node_id;
-        self.change_node(request_id, Op::DrainNode(pb::DrainNode { node_id })).await
+        self.change_node(request_id, Op::DrainNode(pb::DrainNode { node_id }))
+            .await
     }
 
     /// The node takes leaders and replicas again.

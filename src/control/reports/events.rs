@@ -150,13 +150,7 @@ fn nodes(last: &Last, nodes: &[v1::Node], tell: &mut dyn FnMut(String, Kind)) {
     }
 }
 
-fn groups(
-    last: &Last,
-    now: &Last,
-    groups: &[v1::GroupReport],
-    nodes: &[v1::Node],
-    tell: &mut dyn FnMut(String, Kind),
-) {
+fn groups(last: &Last, now: &Last, groups: &[v1::GroupReport], nodes: &[v1::Node], tell: &mut dyn FnMut(String, Kind)) {
     let name = |id: u64| {
         let known = nodes.iter().find(|n| n.node_id == id);
         known.map_or_else(|| NodeId::new(id).to_string(), |n| n.name.clone())

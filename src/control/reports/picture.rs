@@ -141,7 +141,9 @@ impl<'a> Picture<'a> {
             }
             report.replicas.push(told);
         }
-        report.replicas.sort_by_key(|replica| (!replica.leader, replica.node_id));
+        report
+            .replicas
+            .sort_by_key(|replica| (!replica.leader, replica.node_id));
         report.quorum_need = report.voters / 2 + 1;
         report.under_replicated = !record.replicas.is_empty() && current < report.replicas_wanted;
         report.change = record
@@ -239,7 +241,10 @@ impl<'a> Picture<'a> {
         if report.leaderless {
             waits.push("the group has no leader".to_owned());
         } else if report.quorum_have < report.quorum_need {
-            waits.push(format!("{} of {} voters answer", report.quorum_have, report.quorum_need));
+            waits.push(format!(
+                "{} of {} voters answer",
+                report.quorum_have, report.quorum_need
+            ));
         }
         for replica in report.replicas.iter().filter(|r| change.add.contains(&r.replica_id)) {
             let at = format!("{} on {}", ReplicaId::new(replica.replica_id), replica.node_name);
@@ -459,7 +464,12 @@ mod tests {
             remove: vec![13],
             ..pb::ReplicaChange::default()
         });
-        let followers = [(11, 0, Some(0)), (12, 0, Some(9)), (13, 0, Some(9)), (14, 5_000, Some(9))];
+        let followers = [
+            (11, 0, Some(0)),
+            (12, 0, Some(9)),
+            (13, 0, Some(9)),
+            (14, 5_000, Some(9)),
+        ];
         let all = gathered(
             vec![
                 (1, Some(state(11, 3, true, &followers))),

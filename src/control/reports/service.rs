@@ -35,7 +35,12 @@ fn malformed(error: &prost::DecodeError) -> CallFailure {
 }
 
 impl PeerService for ReportService {
-    fn call(&self, _from: NodeId, method: PeerMethod, payload: Bytes) -> BoxFuture<'static, Result<Bytes, CallFailure>> {
+    fn call(
+        &self,
+        _from: NodeId,
+        method: PeerMethod,
+        payload: Bytes,
+    ) -> BoxFuture<'static, Result<Bytes, CallFailure>> {
         let reporter = self.0.clone();
         async move {
             if method == PeerMethod::NodeReport {

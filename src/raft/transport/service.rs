@@ -116,15 +116,15 @@ impl Peers {
         if node == self.0.config.identity.node {
             let work = self.0.services.serve(node, method.into(), payload, millis(patience));
             let answer = work.map(move |answer| taken(node, Some(answer)));
-            return Ok(CallUnderWay {
-                answer: answer.boxed(),
-            });
+            return Ok(CallUnderWay { answer: answer.boxed() });
         }
         let session = self.session_with(node, patience).await.map_err(CallError::not_sent)?;
         let places = tokio::time::timeout_at(deadline, session.places(payload.len()))
             .await
             .map_err(|_| {
-                CallError::not_sent(format!("node {node} has as many calls unanswered as allowed; try again"))
+                CallError::not_sent(format!(
+                    "node {node} has as many calls unanswered as allowed; try again"
+                ))
             })?
             .ok_or_else(|| CallError::not_sent(format!("node {node} is down: {}", session.reason())))?;
         let asked = send(&session, places, method, payload, deadline)
@@ -139,12 +139,12 @@ impl Peers {
                     | pb::call_answer::Result::Error(_),
                 )) => taken(node, None),
                 Ok(Err(reason)) => Err(CallError::lost(format!("the session with node {node} ended: {reason}"))),
-                Err(_) => Err(CallError::lost(format!("node {node} did not answer within {patience:?}"))),
+                Err(_) => Err(CallError::lost(format!(
+                    "node {node} did not answer within {patience:?}"
+                ))),
             }
         };
-        Ok(CallUnderWay {
-            answer: answer.boxed(),
-        })
+        Ok(CallUnderWay { answer: answer.boxed() })
     }
 
     /// Lets a service serve calls of some methods, until [`shutdown`](Self::shutdown). Others are refused: cannot work.
@@ -265,7 +265,10 @@ fn answer_of(result: Result<Bytes, CallFailure>) -> pb::ServiceAnswer {
     let result = match result {
         Ok(payload) if payload.len() <= PAYLOAD_BYTES_MAX => pb::service_answer::Result::Payload(payload),
         Ok(payload) => pb::service_answer::Result::Refusal(pb::ServiceRefusal {
-            message: format!("the answer of {} bytes is larger than {PAYLOAD_BYTES_MAX}", payload.len()),
+            message: format!(
+                "the answer of {} bytes is larger than {PAYLOAD_BYTES_MAX}",
+                payload.len()
+            ),
             retry: pb::PeerRetry::MayHaveHappened.into(),
         }),
         Err(failure) => pb::service_answer::Result::Refusal(pb::ServiceRefusal {
