@@ -50,6 +50,13 @@ pub struct ServerFacts {
     pub started_us: u64,
 }
 
+/// What bounds the sessions and answers of a node.
+pub struct Bounds {
+    pub sessions_max: usize,
+    /// Messages read for clients and not yet sent.
+    pub read_memory: ByteBudget,
+}
+
 /// What every service needs.
 pub struct Edge {
     pub broker: Arc<Broker>,
@@ -130,8 +137,7 @@ impl Edge {
         alarms: Alarms,
         tasks: Tasks,
         draining: watch::Receiver<bool>,
-        sessions_max: usize,
-        read_memory: ByteBudget,
+        bounds: Bounds,
         facts: ServerFacts,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -141,8 +147,8 @@ impl Edge {
             alarms,
             tasks,
             draining,
-            sessions_max,
-            read_memory,
+            sessions_max: bounds.sessions_max,
+            read_memory: bounds.read_memory,
             facts,
             sessions: Arc::default(),
         })

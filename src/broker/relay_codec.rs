@@ -215,9 +215,7 @@ pub(super) fn outcome_from_pb(group: GroupId, outcome: pb::RelayOutcome) -> Outc
             duplicates: duplicates_from_pb(item.duplicates),
             whole_duplicate: item.whole_duplicate,
         })),
-        Wire::Refused(refused) => refusal_from_pb(refused)
-            .map(ItemOutcome::Refused)
-            .ok_or_else(unknown),
+        Wire::Refused(refused) => refusal_from_pb(refused).map(ItemOutcome::Refused).ok_or_else(unknown),
         Wire::Failed(failed) => Err(failure_from_pb(group, failed)),
     }
 }
@@ -331,7 +329,9 @@ mod tests {
             PublishError::Stopping,
             PublishError::Removed,
             PublishError::Moved { to: GroupId::new(8) },
-            PublishError::Overloaded { what: "publishes at the shard's leader" },
+            PublishError::Overloaded {
+                what: "publishes at the shard's leader",
+            },
             PublishError::DiskLow { free: 5, needed: 6 },
             PublishError::Damaged("a test".into()),
         ];

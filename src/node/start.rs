@@ -9,7 +9,7 @@ use tonic::service::Routes;
 
 use super::config::Config;
 use super::engine::{Context, Engine, StartError};
-use crate::api::{self, Edge, ServerFacts};
+use crate::api::{self, Bounds, Edge, ServerFacts};
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
 use crate::broker::Broker;
 use crate::control::operations::Operations;
@@ -158,6 +158,7 @@ impl Running {
             context.alarms.clone(),
             work.clone(),
             context.publish_memory.clone(),
+            None,
         );
         let operations = Operations::start(
             control,
@@ -173,8 +174,10 @@ impl Running {
             context.alarms.clone(),
             sessions.clone(),
             context.draining.clone(),
-            config.limits.sessions_max as usize,
-            context.read_memory.clone(),
+            Bounds {
+                sessions_max: config.limits.sessions_max as usize,
+                read_memory: context.read_memory.clone(),
+            },
             ServerFacts {
                 node_name: config.node.name.clone(),
                 node_id: identity.node_id.get(),

@@ -207,6 +207,15 @@ impl Group {
         }
     }
 
+    /// On a leader of several voters: how long no quorum has answered it.
+    pub fn quorum_silence(&self) -> Option<Duration> {
+        let metrics = self.metrics();
+        if !metrics.state.is_leader() || members_of(&metrics).voters.len() <= 1 {
+            return None;
+        }
+        metrics.last_quorum_acked.map(|at| at.elapsed())
+    }
+
     /// Adds a replica that gets the log and does not vote. It must have been started as one that joins. Returns when
     /// the change is committed; the replica may be behind then (see [`wait_caught_up`](Self::wait_caught_up)).
     pub async fn add_learner(&self, replica: ReplicaId) -> Result<LogIndex, ChangeError> {

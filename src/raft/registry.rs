@@ -219,22 +219,29 @@ impl Groups {
                     for shard in self.context.directory.all() {
                         shard.sweep_recent();
                     }
+                    // What others needed before may be needed no more; and what is asked of a group while it is at it
+                    // already is not done.
+                    self.purge_durable().await;
                 }
                 changed = flushed.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    for group in self.all() {
-                        let durable = self.context.state.durable_applied(group.id);
-                        let Some(durable) = durable.filter(|d| Some(d.get()) > group.log().purged().map(|id| id.index))
-                        else {
-                            continue;
-                        };
-                        if let Err(e) = group.purge_durable(durable).await {
-                            tracing::warn!(group = %group.id, error = %e, "the log could not be purged");
-                        }
-                    }
+                    self.purge_durable().await;
                 }
+            }
+        }
+    }
+
+    /// Lets every log drop what is durable in `state/` and nobody else needs.
+    async fn purge_durable(&self) {
+        for group in self.all() {
+            let durable = self.context.state.durable_applied(group.id);
+            let Some(durable) = durable.filter(|d| Some(d.get()) > group.log().purged().map(|id| id.index)) else {
+                continue;
+            };
+            if let Err(e) = group.purge_durable(durable).await {
+                tracing::warn!(group = %group.id, error = %e, "the log could not be purged");
             }
         }
     }

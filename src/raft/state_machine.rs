@@ -134,11 +134,7 @@ impl GroupMachine {
             context.observer.changed(&everything(meta));
         }
         // Once the log is purged openraft must find a snapshot; what `state/` held at the start is durable.
-        let reported = if log.reaches_back() {
-            applied.min(log.last())
-        } else {
-            applied
-        };
+        let reported = reported(applied, marker.installed, &log);
         let snapshot = log.purged().and(reported).map(|id| SnapshotMeta {
             last_log_id: Some(id),
             last_membership: membership.clone(),
@@ -168,15 +164,8 @@ impl GroupMachine {
         self.hold.clone()
     }
 
-    /// What is applied, so far as the log has it. `state/` may be ahead of what the log kept through a power failure
-    /// (trap C). Reporting more than the log holds would make openraft purge up to there; entries that are applied
-    /// already are skipped in apply.
     fn reported(&self) -> Option<LogId> {
-        if self.log.reaches_back() {
-            self.applied.min(self.log.last())
-        } else {
-            self.applied
-        }
+        reported(self.applied, self.installed, &self.log)
     }
 
     /// After `state/` was replaced: everything that was read from it is read again, and told.
@@ -272,6 +261,17 @@ impl GroupMachine {
 
     fn marker(&self) -> Bytes {
         codec::encode_marker(self.applied.as_ref(), &self.membership, self.installed.as_ref())
+    }
+}
+
+/// What is applied, so far as the log has it. `state/` may be ahead of what the log kept through a power failure
+/// (trap C). Reporting more than the log holds would make openraft purge up to there; entries that are applied already
+/// are skipped in apply. A log that does not begin behind the installed snapshot yet says nothing about it.
+fn reported(applied: Option<LogId>, installed: Option<LogId>, log: &GroupLog) -> Option<LogId> {
+    if log.reaches_back() && installed <= log.purged() {
+        applied.min(log.last())
+    } else {
+        applied
     }
 }
 
