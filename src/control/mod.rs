@@ -1,8 +1,10 @@
 //! The control plane: the meta group, the view of it, and the reconciler that makes what the meta group says true on
 //! this node.
 
+pub mod operations;
 pub mod placement;
 mod reconcile;
+pub mod reports;
 pub mod view;
 
 use std::sync::Arc;

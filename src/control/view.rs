@@ -7,6 +7,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
+use crate::machine::placement::ClusterShape;
 use crate::model::partition::{Partitioning, ShardMap};
 use crate::model::subject::{Filter, FilterSet};
 use crate::model::{Epoch, GroupId, NodeId, ReplicaId, Revision, ShardId, StreamId, TimeUs};
@@ -98,6 +99,9 @@ struct Inner {
     cluster: Option<pb::ClusterRecord>,
     nodes: BTreeMap<NodeId, pb::NodeRecord>,
     groups: BTreeMap<GroupId, GroupPlace>,
+    /// As the catalog has them.
+    group_records: BTreeMap<GroupId, Arc<pb::GroupRecord>>,
+    stream_records: BTreeMap<StreamId, Arc<pb::StreamRecord>>,
     streams: HashMap<StreamId, Arc<StreamView>>,
     /// Only streams that are not removed. Ordered, for listings.
     names: BTreeMap<(String, String), StreamId>,
@@ -176,6 +180,32 @@ impl View {
     /// Every node.
     pub fn nodes(&self) -> Vec<pb::NodeRecord> {
         self.inner.read().nodes.values().cloned().collect()
+    }
+
+    /// One node, removed or not.
+    pub fn node(&self, node: NodeId) -> Option<pb::NodeRecord> {
+        self.inner.read().nodes.get(&node).cloned()
+    }
+
+    /// The catalog's record of every group.
+    pub fn group_records(&self) -> Vec<Arc<pb::GroupRecord>> {
+        self.inner.read().group_records.values().cloned().collect()
+    }
+
+    /// The catalog's record of a group.
+    pub fn group_record(&self, group: GroupId) -> Option<Arc<pb::GroupRecord>> {
+        self.inner.read().group_records.get(&group).cloned()
+    }
+
+    /// The cluster as far as the planner needs it. Of reports it knows nothing: every node counts as live.
+    pub fn shape(&self) -> ClusterShape {
+        let inner = self.inner.read();
+        ClusterShape::of(
+            &inner.cluster.clone().unwrap_or_default(),
+            inner.nodes.values(),
+            inner.group_records.values().map(|group| &**group),
+            inner.stream_records.values().map(|stream| &**stream),
+        )
     }
 
     /// Every group.
@@ -259,10 +289,12 @@ impl MetaObserver for View {
                                 .map(|r| (ReplicaId::new(r.replica_id), NodeId::new(r.node_id)))
                                 .collect(),
                         };
+                        inner.group_records.insert(place.group, record.clone());
                         inner.groups.insert(place.group, place);
                     }
                     MetaChange::GroupForgotten(id) => {
                         inner.groups.remove(id);
+                        inner.group_records.remove(id);
                     }
                     MetaChange::Stream(record) => match StreamView::compile(record) {
                         Err(e) => {
@@ -271,6 +303,7 @@ impl MetaObserver for View {
                         }
                         Ok(stream) => {
                             let stream = Arc::new(stream);
+                            inner.stream_records.insert(stream.id, record.clone());
                             if let Some(old) = inner.streams.insert(stream.id, stream.clone()) {
                                 inner.unindex(&old);
                             }
@@ -278,6 +311,7 @@ impl MetaObserver for View {
                         }
                     },
                     MetaChange::StreamForgotten(id) => {
+                        inner.stream_records.remove(id);
                         if let Some(old) = inner.streams.remove(id) {
                             inner.unindex(&old);
                         }

@@ -12,6 +12,7 @@ use super::engine::{Context, Engine, StartError};
 use crate::api::{self, Bounds, Edge, ServerFacts};
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
 use crate::broker::Broker;
+use crate::control::operations::Operations;
 use crate::control::view::View;
 use crate::control::{Control, NodeFacts};
 use crate::monitor::StatusSource;
@@ -159,9 +160,17 @@ impl Running {
             context.publish_memory.clone(),
             None,
         );
+        let operations = Operations::start(
+            control,
+            groups.clone(),
+            store.clone(),
+            context.clock.clone(),
+            context.alarms.clone(),
+            &work,
+        );
         let edge = Edge::new(
             broker,
-            control,
+            operations,
             context.alarms.clone(),
             sessions.clone(),
             context.draining.clone(),

@@ -188,6 +188,11 @@ impl Groups {
         self.groups.read().values().cloned().collect()
     }
 
+    /// The other nodes; `None`: there are none.
+    pub fn peers(&self) -> Option<&Peers> {
+        self.options.peers.as_ref()
+    }
+
     /// The shards that have a replica here.
     pub fn directory(&self) -> &Arc<ShardDirectory> {
         &self.context.directory
