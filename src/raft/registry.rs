@@ -8,11 +8,12 @@ use parking_lot::RwLock;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
+use super::catalog::MetaObserver;
 use super::group::{Group, Origin, ProposeError, RaftTimings};
 use super::log_store::GroupLog;
 use super::purge::LogKeep;
 use super::shard::{RecentBudget, ShardDirectory};
-use super::state_machine::{GroupContext, GroupMachine, GroupMap, MetaObserver};
+use super::state_machine::{GroupContext, GroupMachine, GroupMap};
 use super::transport::{Peers, RaftHandle, Replicas};
 use super::watch::{self, GroupEvent};
 use crate::base::Tasks;
