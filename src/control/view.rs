@@ -99,10 +99,10 @@ struct Inner {
     cluster: Option<pb::ClusterRecord>,
     nodes: BTreeMap<NodeId, pb::NodeRecord>,
     groups: BTreeMap<GroupId, GroupPlace>,
-    /// As the catalog has them.
     group_records: BTreeMap<GroupId, Arc<pb::GroupRecord>>,
-    stream_records: BTreeMap<StreamId, Arc<pb::StreamRecord>>,
     streams: HashMap<StreamId, Arc<StreamView>>,
+    /// As the catalog has them.
+    stream_records: HashMap<StreamId, Arc<pb::StreamRecord>>,
     /// Only streams that are not removed. Ordered, for listings.
     names: BTreeMap<(String, String), StreamId>,
     /// The streams of a namespace by the first token of their literal subjects; "" holds those that begin with a
@@ -182,32 +182,6 @@ impl View {
         self.inner.read().nodes.values().cloned().collect()
     }
 
-    /// One node, removed or not.
-    pub fn node(&self, node: NodeId) -> Option<pb::NodeRecord> {
-        self.inner.read().nodes.get(&node).cloned()
-    }
-
-    /// The catalog's record of every group.
-    pub fn group_records(&self) -> Vec<Arc<pb::GroupRecord>> {
-        self.inner.read().group_records.values().cloned().collect()
-    }
-
-    /// The catalog's record of a group.
-    pub fn group_record(&self, group: GroupId) -> Option<Arc<pb::GroupRecord>> {
-        self.inner.read().group_records.get(&group).cloned()
-    }
-
-    /// The cluster as far as the planner needs it. Of reports it knows nothing: every node counts as live.
-    pub fn shape(&self) -> ClusterShape {
-        let inner = self.inner.read();
-        ClusterShape::of(
-            &inner.cluster.clone().unwrap_or_default(),
-            inner.nodes.values(),
-            inner.group_records.values().map(|group| &**group),
-            inner.stream_records.values().map(|stream| &**stream),
-        )
-    }
-
     /// Every group.
     pub fn groups(&self) -> Vec<GroupPlace> {
         self.inner.read().groups.values().cloned().collect()
@@ -216,6 +190,41 @@ impl View {
     /// One group.
     pub fn group(&self, group: GroupId) -> Option<GroupPlace> {
         self.inner.read().groups.get(&group).cloned()
+    }
+
+    /// A group as the catalog has it.
+    pub fn group_record(&self, group: GroupId) -> Option<Arc<pb::GroupRecord>> {
+        self.inner.read().group_records.get(&group).cloned()
+    }
+
+    /// Every group as the catalog has it.
+    pub fn group_records(&self) -> Vec<Arc<pb::GroupRecord>> {
+        self.inner.read().group_records.values().cloned().collect()
+    }
+
+    /// A node.
+    pub fn node(&self, node: NodeId) -> Option<pb::NodeRecord> {
+        self.inner.read().nodes.get(&node).cloned()
+    }
+
+    /// The node that hosts a replica of the meta group.
+    pub fn meta_node(&self, replica: ReplicaId) -> Option<NodeId> {
+        let inner = self.inner.read();
+        let mut nodes = inner.nodes.iter();
+        nodes
+            .find(|(_, node)| node.meta_replica_id == replica.get())
+            .map(|(id, _)| *id)
+    }
+
+    /// The cluster as far as planning needs it; every node counts as live. `None`: there is no cluster yet.
+    pub fn shape(&self) -> Option<ClusterShape> {
+        let inner = self.inner.read();
+        Some(ClusterShape::of(
+            inner.cluster.as_ref()?,
+            inner.nodes.values(),
+            inner.group_records.values().map(|group| &**group),
+            inner.stream_records.values().map(|stream| &**stream),
+        ))
     }
 
     /// A stream that is not removed, by name.

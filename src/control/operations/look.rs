@@ -303,7 +303,8 @@ impl Operations {
                 started_us: m.record.started_us,
             })
         };
-        self.view().shape().moves.iter().filter_map(told).collect()
+        let shape = self.view().shape().unwrap_or_default();
+        shape.moves.iter().filter_map(told).collect()
     }
 
     /// What has happened since `watcher` looked last.

@@ -281,7 +281,8 @@ impl Operations {
         let gathered = self.gatherer.all(&pb::NodeReportCall::default(), PATIENCE).await;
         let now = self.reporter.clock.monotonic_us();
         let reports = self.gatherer.for_planner(&gathered, now);
-        let actions = plan(&self.view().shape(), &reports, TimeUs::new(now));
+        let shape = self.view().shape().unwrap_or_default();
+        let actions = plan(&shape, &reports, TimeUs::new(now));
         v1::PlanResponse {
             actions: actions
                 .into_iter()
