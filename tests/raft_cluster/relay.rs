@@ -60,6 +60,7 @@ fn catalog() -> Vec<MetaChange> {
             index: 0,
             shard_id: SHARD_OF(GROUP).get(),
             group_id: GROUP.get(),
+            ..pb::ShardPlacement::default()
         }],
         ..pb::StreamRecord::default()
     };
