@@ -199,44 +199,40 @@ impl Operations {
                 }),
             )
             .await?;
-        match outcome {
-            MetaOutcome::GroupChanged(record) => {
-                let gathered = Gathered::default();
-                let names = self.names();
-                let report = Picture::of(&gathered).group(&record, &|n| names.of(n), &|_| None);
-                Ok(v1::MoveReplicaResponse {
-                    group_id: record.group_id,
-                    // What it waits for is not known before it has begun.
-                    change: report.change.map(|change| v1::ReplicaChangeReport {
-                        waiting_for: String::new(),
-                        ..change
-                    }),
-                })
-            }
-            other => Err(refused(other)),
-        }
+        let MetaOutcome::GroupChanged(record) = outcome else {
+            return Err(refused(outcome));
+        };
+        let gathered = Gathered::default();
+        let names = self.names();
+        let report = Picture::of(&gathered).group(&record, &|n| names.of(n), &|_| None);
+        Ok(v1::MoveReplicaResponse {
+            group_id: record.group_id,
+            // What it waits for is not known before it has begun.
+            change: report.change.map(|change| v1::ReplicaChangeReport {
+                waiting_for: String::new(),
+                ..change
+            }),
+        })
     }
 
     async fn change_node(&self, request_id: String, op: Op) -> Result<v1::Node, OrderError> {
-        match self.control.propose_meta(request_id, op).await? {
-            MetaOutcome::NodeChanged(record) => {
-                let call = pb::NodeReportCall::default();
-                let gathered = self.gatherer.all(&call, PATIENCE).await;
-                let mut nodes = self.nodes_of(&gathered, true);
-                let at = nodes.iter().position(|node| node.node_id == record.node_id);
-                let mut node = at.map(|at| nodes.swap_remove(at)).unwrap_or_default();
-                // This node's view may be a little behind what was committed.
-                node.node_id = record.node_id;
-                node.name = record.name.clone();
-                node.set_state(match record.state() {
-                    pb::NodeState::Active => v1::NodeState::Active,
-                    pb::NodeState::Draining => v1::NodeState::Draining,
-                    pb::NodeState::Removed => v1::NodeState::Removed,
-                });
-                Ok(node)
-            }
-            other => Err(refused(other)),
-        }
+        let outcome = self.control.propose_meta(request_id, op).await?;
+        let MetaOutcome::NodeChanged(record) = outcome else {
+            return Err(refused(outcome));
+        };
+        let gathered = self.gatherer.all(&pb::NodeReportCall::default(), PATIENCE).await;
+        let mut nodes = self.nodes_of(&gathered, true);
+        let at = nodes.iter().position(|node| node.node_id == record.node_id);
+        let mut node = at.map(|at| nodes.swap_remove(at)).unwrap_or_default();
+        // This node's view may be a little behind what was committed.
+        node.node_id = record.node_id;
+        node.name = record.name.clone();
+        node.set_state(match record.state() {
+            pb::NodeState::Active => v1::NodeState::Active,
+            pb::NodeState::Draining => v1::NodeState::Draining,
+            pb::NodeState::Removed => v1::NodeState::Removed,
+        });
+        Ok(node)
     }
 
     /// The node gives away what it has, and takes nothing new.
