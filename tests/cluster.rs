@@ -356,7 +356,7 @@ async fn the_command_line_shows_the_cluster() {
 /// A stream that nothing but an alarm is wrong with is reported as such.
 #[tokio::test(flavor = "multi_thread")]
 async fn health_tells_alarms_and_exits_with_10() {
-    let node = Node::start(Options::plain().flag("--min-free", "1000TiB")).await;
+    let node = Node::start(Options::plain().flag("--storage-min-free", "1TiB")).await;
     let said = fails(&node, 10, "cluster health");
     assert!(said.contains("not healthy"), "{said}");
     let out = String::from_utf8(run(&node, "cluster health").stdout).unwrap();
