@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod config;
+mod dev_cluster;
 pub mod edge;
 pub mod engine;
 pub mod listener;
