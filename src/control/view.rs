@@ -7,6 +7,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
+use crate::machine::placement::ClusterShape;
 use crate::model::partition::{Partitioning, ShardMap};
 use crate::model::subject::{Filter, FilterSet};
 use crate::model::{Epoch, GroupId, NodeId, ReplicaId, Revision, ShardId, StreamId, TimeUs};
@@ -98,7 +99,10 @@ struct Inner {
     cluster: Option<pb::ClusterRecord>,
     nodes: BTreeMap<NodeId, pb::NodeRecord>,
     groups: BTreeMap<GroupId, GroupPlace>,
+    group_records: BTreeMap<GroupId, Arc<pb::GroupRecord>>,
     streams: HashMap<StreamId, Arc<StreamView>>,
+    /// As the catalog has them.
+    stream_records: HashMap<StreamId, Arc<pb::StreamRecord>>,
     /// Only streams that are not removed. Ordered, for listings.
     names: BTreeMap<(String, String), StreamId>,
     /// The streams of a namespace by the first token of their literal subjects; "" holds those that begin with a
@@ -188,6 +192,39 @@ impl View {
         self.inner.read().groups.get(&group).cloned()
     }
 
+    /// A group as the catalog has it.
+    pub fn group_record(&self, group: GroupId) -> Option<Arc<pb::GroupRecord>> {
+        self.inner.read().group_records.get(&group).cloned()
+    }
+
+    /// Every group as the catalog has it.
+    pub fn group_records(&self) -> Vec<Arc<pb::GroupRecord>> {
+        self.inner.read().group_records.values().cloned().collect()
+    }
+
+    /// A node.
+    pub fn node(&self, node: NodeId) -> Option<pb::NodeRecord> {
+        self.inner.read().nodes.get(&node).cloned()
+    }
+
+    /// The node that hosts a replica of the meta group.
+    pub fn meta_node(&self, replica: ReplicaId) -> Option<NodeId> {
+        let inner = self.inner.read();
+        let mut nodes = inner.nodes.iter();
+        nodes.find(|(_, node)| node.meta_replica_id == replica.get()).map(|(id, _)| *id)
+    }
+
+    /// The cluster as far as planning needs it; every node counts as live. `None`: there is no cluster yet.
+    pub fn shape(&self) -> Option<ClusterShape> {
+        let inner = self.inner.read();
+        Some(ClusterShape::of(
+            inner.cluster.as_ref()?,
+            inner.nodes.values(),
+            inner.group_records.values().map(|group| &**group),
+            inner.stream_records.values().map(|stream| &**stream),
+        ))
+    }
+
     /// A stream that is not removed, by name.
     pub fn stream(&self, namespace: &str, name: &str) -> Option<Arc<StreamView>> {
         let inner = self.inner.read();
@@ -259,10 +296,12 @@ impl MetaObserver for View {
                                 .map(|r| (ReplicaId::new(r.replica_id), NodeId::new(r.node_id)))
                                 .collect(),
                         };
+                        inner.group_records.insert(place.group, record.clone());
                         inner.groups.insert(place.group, place);
                     }
                     MetaChange::GroupForgotten(id) => {
                         inner.groups.remove(id);
+                        inner.group_records.remove(id);
                     }
                     MetaChange::Stream(record) => match StreamView::compile(record) {
                         Err(e) => {
@@ -271,6 +310,7 @@ impl MetaObserver for View {
                         }
                         Ok(stream) => {
                             let stream = Arc::new(stream);
+                            inner.stream_records.insert(stream.id, record.clone());
                             if let Some(old) = inner.streams.insert(stream.id, stream.clone()) {
                                 inner.unindex(&old);
                             }
@@ -278,6 +318,7 @@ impl MetaObserver for View {
                         }
                     },
                     MetaChange::StreamForgotten(id) => {
+                        inner.stream_records.remove(id);
                         if let Some(old) = inner.streams.remove(id) {
                             inner.unindex(&old);
                         }

@@ -166,6 +166,7 @@ fn send(session: &Arc<Session>, method: PeerMethod, payload: Bytes, deadline: In
         | PeerMethod::MetaBarrier
         | PeerMethod::NodeReport
         | PeerMethod::GroupAdmin
+        | PeerMethod::NodePing
         | PeerMethod::Positions
         | PeerMethod::Fetch
         | PeerMethod::Barrier
