@@ -14,7 +14,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("mainstem.v1.bin"), prost::Message::encode_to_vec(&public))?;
     let mut all: Vec<String> = files.map(String::from).into();
     for entry in std::fs::read_dir("proto/mainstem/internal/v1")? {
-        let name = entry?.file_name().into_string().map_err(|n| format!("{n:?} is no text"))?;
+        let name = entry?
+            .file_name()
+            .into_string()
+            .map_err(|n| format!("{n:?} is no text"))?;
         if name.ends_with(".proto") {
             all.push(format!("mainstem/internal/v1/{name}"));
         }

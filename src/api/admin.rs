@@ -281,10 +281,18 @@ impl StreamService for Streams {
             .map_err(Refusal::from)?;
         let mut purged = 0;
         for access in shards {
+            let Some(group) = access.replica() else {
+                return Err(Refusal::from(crate::broker::error::StreamError::NotLeader {
+                    name: request.name,
+                    shard: access.place.index,
+                    leader: None,
+                })
+                .into());
+            };
             purged += self
                 .edge
                 .control
-                .purge_shard(&access.group, access.place.shard, upto, &request.filter)
+                .purge_shard(group, access.place.shard, upto, &request.filter)
                 .await
                 .map_err(Refusal::from)?;
         }

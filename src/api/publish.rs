@@ -202,6 +202,7 @@ impl Publish {
                 producer: None,
                 expect: expect.cloned(),
                 permit: part.permit,
+                relayed: false,
                 reply: ReplyTo {
                     tag,
                     submitted,

@@ -169,7 +169,7 @@ async fn open(
     if open.producer_id.is_some() {
         for access in edge.broker.shards_of(&stream, &[])? {
             edge.broker.barrier(&access).await?;
-            if let Some(sequence) = edge.broker.last_producer_sequence(&access, producer, epoch)? {
+            if let Some(sequence) = edge.broker.last_producer_sequence(&access, producer, epoch).await? {
                 last.insert(access.place.index, sequence);
             }
         }
@@ -299,6 +299,7 @@ impl Session {
                 }),
                 expect: batch.expect,
                 permit,
+                relayed: false,
                 reply: ReplyTo {
                     tag,
                     submitted: Instant::now(),

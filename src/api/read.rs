@@ -147,7 +147,7 @@ pub async fn begin(
                         .next
                         .iter()
                         .find(|(index, _)| *index == access.place.index)
-                        .map_or(access.shared.positions().floor, |(_, next)| *next)
+                        .map_or(access.positions().floor, |(_, next)| *next)
                 })
                 .collect());
         }

@@ -183,6 +183,9 @@ impl From<PublishError> for Refusal {
                 }
                 crate::raft::ProposeError::Unknown { .. } => (Code::Unknown, None),
             },
+            PublishError::NoLeader { .. } | PublishError::NoQuorum { .. } | PublishError::Moved { .. } => {
+                (Code::Unavailable, None)
+            }
             PublishError::Stopping => (Code::Unavailable, None),
             PublishError::Removed => (Code::NotFound, None),
             PublishError::Damaged(_) => (Code::DataLoss, None),
@@ -205,7 +208,7 @@ impl From<ReadError> for Refusal {
             ReadError::BadRequest(_) | ReadError::BadCursor(_) => (Code::InvalidArgument, None),
             ReadError::NotRetained { .. } => (Code::OutOfRange, None),
             ReadError::Deleted(_) | ReadError::NoMessage(_) | ReadError::Removed => (Code::NotFound, None),
-            ReadError::Barrier { .. } | ReadError::Stopping => (Code::Unavailable, None),
+            ReadError::Barrier { .. } | ReadError::Unreachable(_) | ReadError::Stopping => (Code::Unavailable, None),
             ReadError::Overloaded { .. } | ReadError::NoMemory | ReadError::NotReading { .. } => {
                 (Code::ResourceExhausted, None)
             }

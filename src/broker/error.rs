@@ -1,6 +1,8 @@
 //! What can go wrong in the data plane, one enum per operation. Each error knows its reason word and its retry class;
 //! `api/status.rs` makes a gRPC status of it.
 
+use std::time::Duration;
+
 use crate::base::RetryClass;
 use crate::machine::Refusal;
 use crate::model::{GroupId, Sequence};
@@ -90,6 +92,22 @@ pub enum PublishError {
     Refused(Refusal),
     #[error(transparent)]
     Propose(#[from] ProposeError),
+    /// The group has no leader, or none that answers, and the wait for one is over.
+    #[error("{group} has had no leader that answers for {}.{} s; nothing was stored, try again", waited.as_secs(), waited.subsec_millis() / 100)]
+    NoLeader { group: GroupId, waited: Duration },
+    /// Too few of the group's nodes are reached for it to have one.
+    #[error(
+        "{group} has no quorum: {live} of its {replicas} nodes are reached, {needed} are needed; nothing was stored, try again"
+    )]
+    NoQuorum {
+        group: GroupId,
+        live: usize,
+        needed: usize,
+        replicas: usize,
+    },
+    /// The shard was moved to another group in this moment.
+    #[error("the shard has just been moved to {to}; nothing was stored, try again")]
+    Moved { to: GroupId },
     #[error("the node is stopping; nothing was stored")]
     Stopping,
     #[error("the shard was removed while the publish was under way; nothing was stored")]
@@ -115,6 +133,8 @@ impl PublishError {
             PublishError::Propose(ProposeError::NotLeader { .. }) => "NOT_LEADER",
             PublishError::Propose(ProposeError::Stopped { .. }) => "GROUP_STOPPED",
             PublishError::Propose(ProposeError::Unknown { .. }) => "OUTCOME_UNKNOWN",
+            PublishError::NoLeader { .. } | PublishError::Moved { .. } => "NOT_LEADER",
+            PublishError::NoQuorum { .. } => "NO_QUORUM",
             PublishError::Stopping => "STOPPING",
             PublishError::Removed => "STREAM_REMOVED",
             PublishError::Damaged(_) => "DAMAGED",
@@ -137,6 +157,9 @@ impl PublishError {
             PublishError::MapChanged { .. }
             | PublishError::Overloaded { .. }
             | PublishError::DiskLow { .. }
+            | PublishError::NoLeader { .. }
+            | PublishError::NoQuorum { .. }
+            | PublishError::Moved { .. }
             | PublishError::Stopping => RetryClass::DidNotHappen,
         }
     }
@@ -158,6 +181,9 @@ impl PublishError {
             | PublishError::Overloaded { .. }
             | PublishError::DiskLow { .. }
             | PublishError::Propose(_)
+            | PublishError::NoLeader { .. }
+            | PublishError::NoQuorum { .. }
+            | PublishError::Moved { .. }
             | PublishError::Stopping
             | PublishError::Removed
             | PublishError::Damaged(_) => None,
@@ -190,6 +216,9 @@ pub enum ReadError {
         #[source]
         source: BarrierError,
     },
+    /// No node that could serve the read answers.
+    #[error("the shard cannot be read from this node now: {0}; try again")]
+    Unreachable(String),
     #[error("the stream was removed while it was being read")]
     Removed,
     #[error("the node is stopping")]
@@ -220,6 +249,7 @@ impl ReadError {
             ReadError::Deleted(_) => "DELETED",
             ReadError::NoMessage(_) => "NO_MESSAGE",
             ReadError::Barrier { .. } => "NO_QUORUM",
+            ReadError::Unreachable(_) => "NOT_LEADER",
             ReadError::Removed => "STREAM_REMOVED",
             ReadError::Stopping => "STOPPING",
             ReadError::Overloaded { .. } | ReadError::NoMemory | ReadError::NotReading { .. } => "OVERLOADED",
@@ -232,6 +262,7 @@ impl ReadError {
         match self {
             ReadError::Stream(e) => e.retry_class(),
             ReadError::Barrier { .. }
+            | ReadError::Unreachable(_)
             | ReadError::Stopping
             | ReadError::Overloaded { .. }
             | ReadError::NoMemory

@@ -32,7 +32,8 @@ pub(super) async fn run(broker: Arc<Broker>, token: CancellationToken) {
                 return;
             }
             let due = shard.positions().next_expiry.is_some_and(|at| at <= TimeUs::new(now));
-            let Some(group) = broker.groups.get(shard.group).filter(|_| due) else {
+            let leader = || broker.groups.get(shard.group).filter(Group::leads);
+            let Some(group) = due.then(leader).flatten() else {
                 continue;
             };
             // One at a time, so that expiry never takes the log from publishes; as many as are needed to be done.

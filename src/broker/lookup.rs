@@ -1,15 +1,24 @@
 //! Single reads: by sequence, last by subject, first at a time; and where a reader begins.
 
+use std::sync::Arc;
+
 use prost::Message;
 
 use super::error::{ReadError, StreamError};
 use super::reader::{Delivery, OwnedRecord, ShardReader, Step, damaged, storage};
-use super::{Broker, ShardAccess};
+use super::route::READ_PATIENCE;
+use super::{Broker, Face, ShardAccess};
 use crate::control::view::StreamView;
 use crate::machine::port::ShardView;
 use crate::model::subject::{FilterSet, validate_subject};
-use crate::model::{Sequence, TimeUs};
+use crate::model::{LogIndex, Sequence, TimeUs};
+use crate::raft::{BarrierError, ShardShared};
 use crate::wire::internal as pb;
+
+/// Looks for the last message of a subject while messages are removed.
+const LAST_ATTEMPTS: usize = 5;
+/// A single read reads ahead as little as one of many.
+const SINGLE: usize = 32;
 
 /// A message, found.
 #[derive(Debug, Clone)]
@@ -32,21 +41,42 @@ pub enum Start {
 
 impl Broker {
     /// After this, what the shard's replica here has applied includes every message acknowledged before the call.
+    ///
+    /// A replica that does not lead asks the leader for its read index and waits until it has applied as much; without a
+    /// replica here, one elsewhere does.
     pub async fn barrier(&self, access: &ShardAccess) -> Result<(), ReadError> {
-        access.group.read_barrier().await.map_err(|source| ReadError::Barrier {
-            group: access.place.group,
-            source,
-        })
+        let group = access.place.group;
+        let (shared, replica) = match &access.face {
+            Face::There(remote) => return remote.barrier().await,
+            Face::Here { shared, group } => (shared, group),
+        };
+        if self.router().peers.is_none() || replica.leads() {
+            match replica.read_barrier().await {
+                Ok(()) => return Ok(()),
+                // Another one leads by now.
+                Err(BarrierError::NotLeader { .. }) if self.router().peers.is_some() => {}
+                Err(source) => return Err(ReadError::Barrier { group, source }),
+            }
+        }
+        let read = self.router().read_index(group, shared.shard).await?;
+        if replica.wait_applied(LogIndex::new(read.applied), READ_PATIENCE).await {
+            return Ok(());
+        }
+        let behind = format!("its replica here has not caught up within {READ_PATIENCE:?}");
+        Err(ReadError::Unreachable(behind))
     }
 
     /// A reader of one shard.
     pub fn reader(&self, access: &ShardAccess, next: Sequence, filters: Option<FilterSet>) -> ShardReader {
-        ShardReader::new(access.shared.clone(), self.groups().state().clone(), next, filters)
+        match &access.face {
+            Face::Here { shared, .. } => ShardReader::new(shared.clone(), self.groups().clone(), next, filters),
+            Face::There(remote) => ShardReader::elsewhere(remote.clone(), next, filters),
+        }
     }
 
     /// The first sequence of a start position.
     pub async fn start_of(&self, access: &ShardAccess, start: Start) -> Result<Sequence, ReadError> {
-        let at = access.shared.positions();
+        let at = access.positions();
         Ok(match start {
             Start::Beginning => at.floor,
             Start::New => at.tail,
@@ -58,12 +88,27 @@ impl Broker {
 
     /// The first retained sequence whose batch was appended at or after `time`.
     async fn first_at(&self, access: &ShardAccess, time: TimeUs) -> Result<Option<Sequence>, ReadError> {
-        let at = access.shared.positions();
+        match &access.face {
+            Face::Here { shared, .. } => self.first_at_here(shared, time).await,
+            Face::There(remote) => {
+                let found = remote.look_up(pb::relay_lookup::What::FirstAtUs(time.get())).await?;
+                Ok(found.map(Sequence::new))
+            }
+        }
+    }
+
+    /// As [`first_at`](Self::first_at), of the replica here.
+    pub(super) async fn first_at_here(
+        &self,
+        shared: &ShardShared,
+        time: TimeUs,
+    ) -> Result<Option<Sequence>, ReadError> {
+        let at = shared.positions();
         if at.last_time < Some(time) || at.floor == at.tail {
             return Ok(None);
         }
         let state = self.groups().state().clone();
-        let shard = access.place.shard;
+        let shard = shared.shard;
         let found = tokio::task::spawn_blocking(move || state.first_batch_at_time(shard, time))
             .await
             .map_err(|e| ReadError::Storage(e.to_string()))?
@@ -80,7 +125,7 @@ impl Broker {
     ) -> Result<Found, ReadError> {
         let access = self.shard(stream, shard)?;
         self.barrier(&access).await?;
-        let at = access.shared.positions();
+        let at = access.positions();
         if sequence < at.floor || sequence >= at.tail {
             return Err(ReadError::NotRetained {
                 sequence,
@@ -110,25 +155,51 @@ impl Broker {
         let access = self.shard(stream, stream.map.shard(slot))?;
         self.barrier(&access).await?;
         let none = || ReadError::NoMessage(format!("with subject {subject:?} in stream {:?}", stream.spec.name));
+        // Messages may be removed between the two looks; then there is another last one.
+        for _ in 0..LAST_ATTEMPTS {
+            let last = match &access.face {
+                Face::Here { shared, .. } => self.last_by_subject_here(shared, subject).await?,
+                Face::There(remote) => {
+                    let what = pb::relay_lookup::What::LastBySubject(subject.to_owned());
+                    remote.look_up(what).await?.map(Sequence::new)
+                }
+            };
+            let sequence = last.ok_or_else(none)?;
+            if let Some(found) = self.next_message(&access, sequence).await?
+                && found.sequence == sequence
+            {
+                return Ok(found);
+            }
+        }
+        Err(none())
+    }
+
+    /// Where the newest retained message of a subject is, in the replica here.
+    pub(super) async fn last_by_subject_here(
+        &self,
+        shared: &Arc<ShardShared>,
+        subject: &str,
+    ) -> Result<Option<Sequence>, ReadError> {
         let state = self.groups().state();
-        let id = access.place.shard;
-        let floor = access.shared.positions().floor;
+        let id = shared.shard;
+        let floor = shared.positions().floor;
         let mut posting = state.last_posting(id, subject).map_err(damaged)?;
         while let Some((base, offsets)) = posting {
             for offset in offsets.iter().rev() {
                 let sequence = base.plus(u64::from(*offset));
                 if sequence < floor {
-                    return Err(none());
+                    return Ok(None);
                 }
-                if let Some(found) = self.next_message(&access, sequence).await?
-                    && found.sequence == sequence
+                let reader = ShardReader::new(shared.clone(), self.groups().clone(), sequence, None);
+                if let Some((found, _, _)) = self.next_of(reader).await?
+                    && found == sequence
                 {
-                    return Ok(found);
+                    return Ok(Some(sequence));
                 }
             }
             posting = state.posting_before(id, subject, base).map_err(damaged)?;
         }
-        Err(none())
+        Ok(None)
     }
 
     /// The first message appended at or after a time.
@@ -148,18 +219,24 @@ impl Broker {
 
     /// The first message at or after a sequence that was not deleted.
     async fn next_message(&self, access: &ShardAccess, from: Sequence) -> Result<Option<Found>, ReadError> {
-        let mut reader = self.reader(access, from, None);
+        let reader = self.reader(access, from, None).among(SINGLE);
+        let found = self.next_of(reader).await?;
+        Ok(found.map(|(sequence, append_time, record)| Found {
+            shard: access.place.index,
+            sequence,
+            append_time,
+            record,
+        }))
+    }
+
+    /// The next message of a reader.
+    async fn next_of(&self, mut reader: ShardReader) -> Result<Option<(Sequence, TimeUs, OwnedRecord)>, ReadError> {
         loop {
             match reader.step(1, 1).await.map_err(|e| self.noted(e))? {
                 Step::Deliver(delivery) => {
                     let append_time = delivery.append_time;
                     if let Some((sequence, record)) = first(&delivery)? {
-                        return Ok(Some(Found {
-                            shard: access.place.index,
-                            sequence,
-                            append_time,
-                            record,
-                        }));
+                        return Ok(Some((sequence, append_time, record)));
                     }
                 }
                 Step::Skipped | Step::Truncated { .. } => {}
@@ -169,13 +246,32 @@ impl Broker {
     }
 
     /// The last sequence that a producer's epoch has used up in a shard.
-    pub fn last_producer_sequence(
+    pub async fn last_producer_sequence(
         &self,
         access: &ShardAccess,
         producer: u64,
         epoch: u64,
     ) -> Result<Option<u64>, ReadError> {
-        let records = self.groups().state().producers(access.place.shard).map_err(storage)?;
+        match &access.face {
+            Face::Here { shared, .. } => self.producer_here(shared, producer, epoch),
+            Face::There(remote) => {
+                let producer = pb::RelayProducer {
+                    producer_id: producer,
+                    epoch,
+                };
+                remote.look_up(pb::relay_lookup::What::Producer(producer)).await
+            }
+        }
+    }
+
+    /// As [`last_producer_sequence`](Self::last_producer_sequence), of the replica here.
+    pub(super) fn producer_here(
+        &self,
+        shared: &ShardShared,
+        producer: u64,
+        epoch: u64,
+    ) -> Result<Option<u64>, ReadError> {
+        let records = self.groups().state().producers(shared.shard).map_err(storage)?;
         let Some((_, raw)) = records.into_iter().find(|(id, _)| *id == producer) else {
             return Ok(None);
         };

@@ -7,10 +7,15 @@ mod expiry;
 pub mod ingest;
 pub mod lookup;
 pub mod reader;
+mod relay;
+mod relay_codec;
+mod remote;
+mod route;
 pub mod validate;
+mod worker;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
@@ -19,20 +24,51 @@ use crate::base::budget::ByteBudget;
 use crate::base::clock::Clock;
 use crate::base::tasks::Tasks;
 use crate::control::view::{ShardPlace, StreamView, View};
-use crate::raft::{Group, Groups, ShardShared};
+use crate::model::{GroupId, ShardId};
+use crate::raft::transport::Peers;
+use crate::raft::{Group, Groups, Positions, ShardShared};
 use crate::storage::Store;
 use crate::wire::v1;
 
 use counts::BrokerMetrics;
 use error::{PublishError, ReadError, StreamError};
 use ingest::{Ingest, Item};
+use relay::Relay;
+pub use remote::RemoteShard;
+use route::Router;
 
-/// A shard, found: where it is, what it publishes, who replicates it.
+/// A shard, found: where it is, and how it is read from here.
 #[derive(Clone)]
 pub struct ShardAccess {
     pub place: ShardPlace,
-    pub shared: Arc<ShardShared>,
-    pub group: Group,
+    pub face: Face,
+}
+
+/// How a shard is read from this node.
+#[derive(Clone)]
+pub enum Face {
+    /// It has a replica here, which may or may not lead.
+    Here { shared: Arc<ShardShared>, group: Group },
+    /// Its replicas are on other nodes.
+    There(Arc<RemoteShard>),
+}
+
+impl ShardAccess {
+    /// As far as this node knows.
+    pub fn positions(&self) -> Positions {
+        match &self.face {
+            Face::Here { shared, .. } => shared.positions(),
+            Face::There(remote) => remote.positions(),
+        }
+    }
+
+    /// The replica here, if there is one.
+    pub fn replica(&self) -> Option<&Group> {
+        match &self.face {
+            Face::Here { group, .. } => Some(group),
+            Face::There(_) => None,
+        }
+    }
 }
 
 /// What the data plane is made of.
@@ -45,11 +81,16 @@ pub struct Broker {
     tasks: Tasks,
     publish_memory: ByteBudget,
     metrics: Arc<BrokerMetrics>,
-    ingests: Mutex<HashMap<crate::model::ShardId, Ingest>>,
+    router: Arc<Router>,
+    ingests: Mutex<HashMap<ShardId, Ingest>>,
+    /// Shards replicated elsewhere that somebody here reads.
+    remotes: Mutex<HashMap<ShardId, Weak<RemoteShard>>>,
 }
 
 impl Broker {
-    /// `publish_memory` bounds the batches in hand from the edge to their ack.
+    /// `publish_memory` bounds the batches in hand from the edge to their ack. With `peers`, shards led or replicated on
+    /// other nodes are served from here too, and those here to other nodes.
+    #[allow(clippy::too_many_arguments)] // The parts of a node, each named once, by its composition.
     pub fn start(
         view: Arc<View>,
         groups: Arc<Groups>,
@@ -58,8 +99,10 @@ impl Broker {
         alarms: Alarms,
         tasks: Tasks,
         publish_memory: ByteBudget,
+        peers: Option<Peers>,
     ) -> Arc<Self> {
         let broker = Arc::new(Self {
+            router: Arc::new(Router::new(groups.clone(), view.clone(), peers.clone())),
             view,
             groups,
             store,
@@ -69,7 +112,11 @@ impl Broker {
             publish_memory,
             metrics: Arc::default(),
             ingests: Mutex::default(),
+            remotes: Mutex::default(),
         });
+        if let Some(peers) = peers {
+            peers.serve_calls(Relay::METHODS, Relay::new(&broker));
+        }
         broker
             .tasks
             .spawn_vital("expiry", expiry::run(broker.clone(), broker.tasks.token()));
@@ -139,16 +186,42 @@ impl Broker {
                 shard: index,
                 shards: u32::try_from(stream.shards.len()).unwrap_or(u32::MAX),
             })?;
-        let not_leader = || StreamError::NotLeader {
-            name: stream.spec.name.clone(),
-            shard: index,
-            leader: None,
+        let here = self
+            .groups
+            .directory()
+            .get(place.shard)
+            .zip(self.groups.get(place.group));
+        let face = match here.filter(|(shared, _)| shared.group == place.group) {
+            Some((shared, group)) => Face::Here { shared, group },
+            None if self.router.peers.is_some() => Face::There(self.remote(place)),
+            None => {
+                return Err(StreamError::NotLeader {
+                    name: stream.spec.name.clone(),
+                    shard: index,
+                    leader: None,
+                });
+            }
         };
-        Ok(ShardAccess {
-            place,
-            shared: self.groups.directory().get(place.shard).ok_or_else(not_leader)?,
-            group: self.groups.get(place.group).ok_or_else(not_leader)?,
-        })
+        Ok(ShardAccess { place, face })
+    }
+
+    /// A shard that is replicated elsewhere; followed for as long as anybody holds it.
+    fn remote(&self, place: ShardPlace) -> Arc<RemoteShard> {
+        let mut remotes = self.remotes.lock();
+        let known = remotes.get(&place.shard).and_then(Weak::upgrade);
+        if let Some(remote) = known.filter(|remote| remote.group == place.group) {
+            return remote;
+        }
+        remotes.retain(|_, remote| remote.strong_count() > 0);
+        let remote = RemoteShard::new(place.shard, place.group, self.router.clone());
+        remotes.insert(place.shard, Arc::downgrade(&remote));
+        let follow = remote::follow(Arc::downgrade(&remote), self.router.clone(), self.tasks.token());
+        self.tasks.spawn(format!("follow {}", place.shard), follow);
+        remote
+    }
+
+    fn router(&self) -> &Router {
+        &self.router
     }
 
     /// Refuses what must not be taken now: little disk left, damaged data.
@@ -177,21 +250,29 @@ impl Broker {
         self.ingest(access).submit(item);
     }
 
-    /// The way into a shard.
+    /// The way into a shard, wherever it is led.
     pub fn ingest(&self, access: &ShardAccess) -> Ingest {
+        self.ingest_of(access.place.shard, access.place.group)
+    }
+
+    fn ingest_of(&self, shard: ShardId, group: GroupId) -> Ingest {
         let mut ingests = self.ingests.lock();
-        match ingests.get(&access.place.shard) {
-            Some(ingest) if !ingest.is_closed() => ingest.clone(),
+        match ingests.get(&shard) {
+            Some(ingest) if !ingest.is_closed() => {
+                ingest.moved_to(group);
+                ingest.clone()
+            }
             Some(_) | None => {
                 let (ingest, task) = Ingest::new(
-                    access.place.shard,
-                    access.group.clone(),
+                    shard,
+                    group,
+                    self.router.clone(),
                     self.clock.clone(),
                     self.metrics.clone(),
                     self.tasks.token(),
                 );
-                self.tasks.spawn(format!("ingest {}", access.place.shard), task);
-                ingests.insert(access.place.shard, ingest.clone());
+                self.tasks.spawn(format!("ingest {shard}"), task);
+                ingests.insert(shard, ingest.clone());
                 ingest
             }
         }

@@ -8,12 +8,13 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::error::ReadError;
+use super::remote::RemoteShard;
 use crate::machine::port::ShardView;
 use crate::model::batch::{BatchView, Codec, RecordView};
 use crate::model::subject::FilterSet;
 use crate::model::{Sequence, StoredBatch, Term, TimeUs};
-use crate::raft::{Positions, ShardShared};
-use crate::storage::{StateDb, StorageError};
+use crate::raft::{Groups, Positions, ShardShared};
+use crate::storage::StorageError;
 
 /// One fill from memory or disk reads about this much …
 pub const FILL_BYTES: usize = 2 << 20;
@@ -124,26 +125,59 @@ pub(super) fn storage(e: StorageError) -> ReadError {
     }
 }
 
+/// Where a reader's batches come from.
+enum Source {
+    /// The replica here.
+    Here {
+        shared: Arc<ShardShared>,
+        groups: Arc<Groups>,
+    },
+    /// A replica on another node.
+    There(Arc<RemoteShard>),
+}
+
+/// A batch read ahead.
+struct Ahead {
+    batch: StoredBatch,
+    /// Offsets of records deleted since, of a batch from elsewhere; those of a batch here are looked up when it is
+    /// delivered.
+    holes: Option<Vec<u32>>,
+}
+
+impl From<StoredBatch> for Ahead {
+    fn from(batch: StoredBatch) -> Self {
+        Self { batch, holes: None }
+    }
+}
+
 /// A reader's place in one shard.
 pub struct ShardReader {
-    shared: Arc<ShardShared>,
-    state: StateDb,
+    source: Source,
     positions: watch::Receiver<Positions>,
     /// Next sequence to look at. Advanced by this reader.
     next: Sequence,
     filters: Option<FilterSet>,
     /// Batches read ahead, beginning with the one that holds `next`.
-    ahead: VecDeque<StoredBatch>,
+    ahead: VecDeque<Ahead>,
     fill_bytes: usize,
 }
 
 impl ShardReader {
     /// A reader that stands at `next`. Without filters everything is delivered.
-    pub fn new(shared: Arc<ShardShared>, state: StateDb, next: Sequence, filters: Option<FilterSet>) -> Self {
+    pub fn new(shared: Arc<ShardShared>, groups: Arc<Groups>, next: Sequence, filters: Option<FilterSet>) -> Self {
         let positions = shared.watch();
+        Self::from(Source::Here { shared, groups }, positions, next, filters)
+    }
+
+    /// As [`new`](Self::new), of a shard without a replica here.
+    pub fn elsewhere(remote: Arc<RemoteShard>, next: Sequence, filters: Option<FilterSet>) -> Self {
+        let positions = remote.watch();
+        Self::from(Source::There(remote), positions, next, filters)
+    }
+
+    fn from(source: Source, positions: watch::Receiver<Positions>, next: Sequence, filters: Option<FilterSet>) -> Self {
         Self {
-            shared,
-            state,
+            source,
             positions,
             next,
             filters,
@@ -160,7 +194,7 @@ impl ShardReader {
 
     /// Bytes of the batches read ahead.
     pub fn ahead_bytes(&self) -> usize {
-        self.ahead.iter().map(|b| b.batch.len()).sum()
+        self.ahead.iter().map(|a| a.batch.batch.len()).sum()
     }
 
     /// Gives the batches read ahead back; they are read again when they are wanted.
@@ -171,7 +205,15 @@ impl ShardReader {
     /// Whether a step would do anything but find the tail.
     pub fn has_more(&self) -> bool {
         let at = self.positions();
-        at.removed || self.next < at.floor || self.next < at.tail
+        at.removed || self.next < at.floor || self.next < at.tail || self.is_orphan()
+    }
+
+    /// Whether the replica that is read has left this node: nothing new comes from it.
+    fn is_orphan(&self) -> bool {
+        match &self.source {
+            Source::Here { shared, groups } => groups.get(shared.group).is_none(),
+            Source::There(_) => false,
+        }
     }
 
     /// Next sequence to be looked at.
@@ -186,7 +228,7 @@ impl ShardReader {
 
     /// Returns when the shard has changed since the last call of `step`.
     pub async fn changed(&mut self) {
-        // The sender lives in `shared`, which this reader holds.
+        // The sender lives in the source, which this reader holds.
         let _ = self.positions.changed().await;
     }
 
@@ -204,6 +246,9 @@ impl ShardReader {
             return Ok(Step::Truncated { from, to: at.floor });
         }
         if self.next >= at.tail {
+            if self.is_orphan() {
+                return Err(ReadError::Unreachable("its replica has left this node".into()));
+            }
             return Ok(Step::AtTail(at.tail));
         }
         for _ in 0..SCAN_BATCHES {
@@ -211,14 +256,14 @@ impl ShardReader {
                 return Ok(Step::Skipped);
             }
             self.fill().await?;
-            let Some(batch) = self.ahead.front() else {
+            let Some(ahead) = self.ahead.front() else {
                 // Trimmed, or every batch up to the tail was deleted, between the look at the positions and the read.
                 let now = *self.positions.borrow();
                 self.next = if now.floor > self.next { now.floor } else { at.tail };
                 return Ok(Step::Skipped);
             };
-            let delivery = self.cut(batch, at.floor, messages.max(1), bytes)?;
-            let end = batch.end();
+            let delivery = self.cut(ahead, at.floor, messages.max(1), bytes)?;
+            let end = ahead.batch.end();
             match delivery {
                 None => {
                     self.next = end;
@@ -237,36 +282,60 @@ impl ShardReader {
     }
 
     async fn fill(&mut self) -> Result<(), ReadError> {
-        while self.ahead.front().is_some_and(|b| b.end() <= self.next) {
+        while self.ahead.front().is_some_and(|a| a.batch.end() <= self.next) {
             self.ahead.pop_front();
         }
         if !self.ahead.is_empty() {
             return Ok(());
         }
-        if let Some(recent) = self.shared.recent_from(self.next, self.fill_bytes) {
-            self.ahead = recent.into();
-            return Ok(());
+        match &self.source {
+            Source::Here { shared, groups } => {
+                if let Some(recent) = shared.recent_from(self.next, self.fill_bytes) {
+                    self.ahead = recent.into_iter().map(Ahead::from).collect();
+                    return Ok(());
+                }
+                let state = groups.state().clone();
+                let (shard, from, bytes) = (shared.shard, self.next, self.fill_bytes);
+                let read = tokio::task::spawn_blocking(move || state.read_batches(shard, from, bytes))
+                    .await
+                    .map_err(|e| ReadError::Storage(e.to_string()))?
+                    .map_err(storage)?;
+                self.ahead = read.into_iter().map(Ahead::from).collect();
+            }
+            Source::There(remote) => {
+                let fetched = remote.fetch(self.next, self.fill_bytes).await?;
+                let ahead = fetched.into_iter().map(|(batch, holes)| Ahead {
+                    batch,
+                    holes: Some(holes),
+                });
+                self.ahead = ahead.collect();
+            }
         }
-        let state = self.state.clone();
-        let (shard, from, bytes) = (self.shared.shard, self.next, self.fill_bytes);
-        self.ahead = tokio::task::spawn_blocking(move || state.read_batches(shard, from, bytes))
-            .await
-            .map_err(|e| ReadError::Storage(e.to_string()))?
-            .map_err(storage)?
-            .into();
         Ok(())
+    }
+
+    fn holes(&self, ahead: &Ahead) -> Result<Vec<u32>, ReadError> {
+        match (&self.source, &ahead.holes) {
+            (_, Some(holes)) => Ok(holes.clone()),
+            (Source::Here { shared, groups }, None) => {
+                let holes = groups.state().holes(shared.shard, ahead.batch.base);
+                holes.map_err(damaged)
+            }
+            (Source::There(_), None) => Ok(Vec::new()),
+        }
     }
 
     /// What of a batch is delivered, and where the reader stands behind it. `None`: nothing of it.
     fn cut(
         &self,
-        batch: &StoredBatch,
+        ahead: &Ahead,
         floor: Sequence,
         messages: u64,
         bytes: u64,
     ) -> Result<Option<(Delivery, Sequence)>, ReadError> {
+        let batch = &ahead.batch;
         let from = self.next.max(floor).max(batch.base);
-        let holes = self.state.holes(self.shared.shard, batch.base).map_err(damaged)?;
+        let holes = self.holes(ahead)?;
         let wanted = batch.end().since(from);
         let whole =
             self.filters.is_none() && holes.is_empty() && wanted <= messages && batch.batch.len() as u64 <= bytes;

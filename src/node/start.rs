@@ -191,6 +191,7 @@ impl Running {
             context.alarms.clone(),
             work.clone(),
             context.publish_memory.clone(),
+            None,
         );
         let edge = Edge::new(
             broker,

@@ -288,8 +288,14 @@ impl Group {
 
     /// Returns when everything committed before the call is applied here and this replica led after the call began.
     pub async fn read_barrier(&self) -> Result<(), BarrierError> {
+        self.read_index().await.map(|_| ())
+    }
+
+    /// As [`read_barrier`](Self::read_barrier), and tells the index in the log that any replica must have applied to
+    /// answer such a read.
+    pub async fn read_index(&self) -> Result<LogIndex, BarrierError> {
         match self.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
-            Ok(_) => Ok(()),
+            Ok(read) => Ok(LogIndex::new(read.log_id().index)),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => Err(BarrierError::NotLeader {
                 group: self.id,
                 leader: forward.leader_id.map(ReplicaId::new),
@@ -303,6 +309,17 @@ impl Group {
                 reason: e.to_string(),
             }),
         }
+    }
+
+    /// Waits until this replica has applied the log up to there. False: not within `patience`, or it has ended.
+    pub async fn wait_applied(&self, index: LogIndex, patience: Duration) -> bool {
+        let wait = self.raft.wait(Some(patience));
+        wait.applied_index_at_least(Some(index.get()), "applied").await.is_ok()
+    }
+
+    /// Whether this replica leads, as far as its watcher knows. Cheap.
+    pub fn leads(&self) -> bool {
+        self.leader.borrow().leader == Some(self.replica)
     }
 
     /// As of now.

@@ -227,9 +227,13 @@ impl Group {
         alone || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() <= age)
     }
 
-    /// Whether there is anything in its log: a replica without one has never run.
-    pub fn has_log(&self) -> bool {
-        self.log().last().is_some()
+    /// On a leader of several voters: how long no quorum has answered it.
+    pub fn quorum_silence(&self) -> Option<Duration> {
+        let metrics = self.metrics();
+        if !metrics.state.is_leader() || members_of(&metrics).voters.len() <= 1 {
+            return None;
+        }
+        metrics.last_quorum_acked.map(|at| at.elapsed())
     }
 
     /// Adds a replica that gets the log and does not vote. It must have been started as one that joins. Returns when

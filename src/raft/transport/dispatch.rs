@@ -192,7 +192,9 @@ impl Dispatch {
                 Some(pb::peer_message::Kind::Service(call)) => {
                     let work = match self.service_calls.clone().try_acquire_owned() {
                         Ok(place) => {
-                            let work = self.services.serve(self.from, call.method, call.payload, call.patience_ms);
+                            let work = self
+                                .services
+                                .serve(self.from, call.method, call.payload, call.patience_ms);
                             async move {
                                 let _place = place;
                                 work.await

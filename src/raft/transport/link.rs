@@ -99,6 +99,11 @@ impl Peers {
         })))
     }
 
+    /// This node.
+    pub fn node(&self) -> NodeId {
+        self.0.config.identity.node
+    }
+
     /// Where replicas live.
     pub fn map(&self) -> &Arc<PeerMap> {
         &self.0.map

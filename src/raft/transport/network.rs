@@ -137,7 +137,9 @@ impl PeerConnection {
             .await?;
         match answer {
             CallResult::Vote(answer) => convert::vote_answer_from_pb(&answer).map_err(unreachable),
-            CallResult::Heartbeat(_) | CallResult::Transfer(_) | CallResult::Error(_) => Err(wrong_answer()),
+            CallResult::Heartbeat(_) | CallResult::Transfer(_) | CallResult::Service(_) | CallResult::Error(_) => {
+                Err(wrong_answer())
+            }
         }
     }
 
@@ -255,7 +257,9 @@ impl NetTransferLeader<Mainstem> for PeerConnection {
         match answer {
             CallResult::Transfer(pb::TransferAnswer { rejected: None }) => Ok(Ok(())),
             CallResult::Transfer(pb::TransferAnswer { rejected: Some(text) }) => Err(unreachable(text)),
-            CallResult::Vote(_) | CallResult::Heartbeat(_) | CallResult::Error(_) => Err(wrong_answer()),
+            CallResult::Vote(_) | CallResult::Heartbeat(_) | CallResult::Service(_) | CallResult::Error(_) => {
+                Err(wrong_answer())
+            }
         }
     }
 }

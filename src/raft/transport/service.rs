@@ -13,12 +13,11 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::RwLock;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::link::Peers;
 use super::outbox::Lane;
-use super::session::{Asked, Session};
+use super::session::{Asked, Places, Session};
 use crate::base::RetryClass;
 use crate::model::NodeId;
 use crate::model::limits::GRPC_MESSAGE_BYTES_MAX;
@@ -117,21 +116,20 @@ impl Peers {
         if node == self.0.config.identity.node {
             let work = self.0.services.serve(node, method.into(), payload, millis(patience));
             let answer = work.map(move |answer| taken(node, Some(answer)));
-            return Ok(CallUnderWay {
-                answer: answer.boxed(),
-            });
+            return Ok(CallUnderWay { answer: answer.boxed() });
         }
         let session = self.session_with(node, patience).await.map_err(CallError::not_sent)?;
-        let places = tokio::time::timeout_at(deadline, Places::take(&session, payload.len()))
+        let places = tokio::time::timeout_at(deadline, session.places(payload.len()))
             .await
             .map_err(|_| {
-                CallError::not_sent(format!("node {node} has as many calls unanswered as allowed; try again"))
+                CallError::not_sent(format!(
+                    "node {node} has as many calls unanswered as allowed; try again"
+                ))
             })?
             .ok_or_else(|| CallError::not_sent(format!("node {node} is down: {}", session.reason())))?;
-        let asked = send(&session, method, payload, deadline)
+        let asked = send(&session, places, method, payload, deadline)
             .map_err(|reason| CallError::not_sent(format!("node {node} is down: {reason}")))?;
         let answer = async move {
-            let _places = places;
             match tokio::time::timeout_at(deadline, asked.answer()).await {
                 Ok(Ok(pb::call_answer::Result::Service(answer))) => taken(node, Some(answer)),
                 Ok(Ok(
@@ -141,12 +139,12 @@ impl Peers {
                     | pb::call_answer::Result::Error(_),
                 )) => taken(node, None),
                 Ok(Err(reason)) => Err(CallError::lost(format!("the session with node {node} ended: {reason}"))),
-                Err(_) => Err(CallError::lost(format!("node {node} did not answer within {patience:?}"))),
+                Err(_) => Err(CallError::lost(format!(
+                    "node {node} did not answer within {patience:?}"
+                ))),
             }
         };
-        Ok(CallUnderWay {
-            answer: answer.boxed(),
-        })
+        Ok(CallUnderWay { answer: answer.boxed() })
     }
 
     /// Lets a service serve calls of some methods, until [`shutdown`](Self::shutdown). Others are refused: cannot work.
@@ -158,7 +156,13 @@ impl Peers {
     }
 }
 
-fn send(session: &Arc<Session>, method: PeerMethod, payload: Bytes, deadline: Instant) -> Result<Asked, String> {
+fn send(
+    session: &Arc<Session>,
+    places: Places,
+    method: PeerMethod,
+    payload: Bytes,
+    deadline: Instant,
+) -> Result<Asked, String> {
     // By method, not by size: calls of a method must not overtake each other.
     let lane = match method {
         PeerMethod::Publish | PeerMethod::MetaPropose => Lane::Bulk,
@@ -174,7 +178,7 @@ fn send(session: &Arc<Session>, method: PeerMethod, payload: Bytes, deadline: In
     };
     let bytes = 128 + payload.len();
     let left = deadline.saturating_duration_since(Instant::now());
-    session.begin(lane, bytes, |call| {
+    session.begin(lane, bytes, Some(places), |call| {
         pb::peer_message::Kind::Service(pb::ServiceCall {
             call,
             method: method.into(),
@@ -205,28 +209,6 @@ fn taken(node: NodeId, answer: Option<pb::ServiceAnswer>) -> Result<Bytes, CallE
         None => Err(CallError::lost(format!(
             "node {node} answered in a way that this version does not know"
         ))),
-    }
-}
-
-/// What a call holds until it is answered.
-struct Places {
-    _call: OwnedSemaphorePermit,
-    _share: OwnedSemaphorePermit,
-    _budget: OwnedSemaphorePermit,
-}
-
-impl Places {
-    /// Waits for a call's places, in the order of asking. `None`: the session ended.
-    async fn take(session: &Arc<Session>, bytes: usize) -> Option<Self> {
-        let bytes = u32::try_from(bytes.clamp(1, session.service_bytes_max)).unwrap_or(u32::MAX);
-        let take = async {
-            Some(Self {
-                _call: session.service_calls.clone().acquire_owned().await.ok()?,
-                _share: session.service_bytes.clone().acquire_many_owned(bytes).await.ok()?,
-                _budget: session.budget.clone().acquire_many_owned(bytes).await.ok()?,
-            })
-        };
-        session.ended().run_until_cancelled(take).await.flatten()
     }
 }
 
@@ -284,7 +266,10 @@ fn answer_of(result: Result<Bytes, CallFailure>) -> pb::ServiceAnswer {
     let result = match result {
         Ok(payload) if payload.len() <= PAYLOAD_BYTES_MAX => pb::service_answer::Result::Payload(payload),
         Ok(payload) => pb::service_answer::Result::Refusal(pb::ServiceRefusal {
-            message: format!("the answer of {} bytes is larger than {PAYLOAD_BYTES_MAX}", payload.len()),
+            message: format!(
+                "the answer of {} bytes is larger than {PAYLOAD_BYTES_MAX}",
+                payload.len()
+            ),
             retry: pb::PeerRetry::MayHaveHappened.into(),
         }),
         Err(failure) => pb::service_answer::Result::Refusal(pb::ServiceRefusal {

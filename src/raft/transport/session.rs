@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::append::REQUESTS_MAX;
@@ -20,6 +20,19 @@ use crate::wire::internal as pb;
 const CALLS_MAX: usize = 16_384;
 
 type CallResult = pb::call_answer::Result;
+
+/// A call that waits for its answer, and what it holds until that is here, whether or not anyone looks.
+struct Waiting {
+    answer: oneshot::Sender<CallResult>,
+    _places: Option<Places>,
+}
+
+/// The places of a call of a service in a session's bounds.
+pub(super) struct Places {
+    _call: OwnedSemaphorePermit,
+    _share: OwnedSemaphorePermit,
+    _budget: OwnedSemaphorePermit,
+}
 
 /// Of these, calls of services.
 pub(super) const SERVICE_CALLS_MAX: usize = 4_096;
@@ -34,10 +47,10 @@ pub(super) struct Session {
     pub append_timeout: Duration,
     /// The part of the budget that calls of services may take: never all of it, because what a call waits for at the
     /// peer may itself need appends.
-    pub service_bytes: Arc<Semaphore>,
-    pub service_bytes_max: usize,
-    pub service_calls: Arc<Semaphore>,
-    calls: Mutex<HashMap<u64, oneshot::Sender<CallResult>>>,
+    service_bytes: Arc<Semaphore>,
+    service_bytes_max: usize,
+    service_calls: Arc<Semaphore>,
+    calls: Mutex<HashMap<u64, Waiting>>,
     streams: Mutex<HashMap<u64, mpsc::Sender<Option<pb::appended::Result>>>>,
     next: AtomicU64,
     ended: CancellationToken,
@@ -111,7 +124,7 @@ impl Session {
                     let call = self.calls.lock().remove(&answer.call);
                     if let (Some(call), Some(result)) = (call, answer.result) {
                         // Who asked may have stopped waiting.
-                        let _ = call.send(result);
+                        let _ = call.answer.send(result);
                     }
                 }
                 Some(
@@ -134,7 +147,7 @@ impl Session {
         self: &Arc<Self>,
         make: impl FnOnce(u64) -> pb::peer_message::Kind,
     ) -> Result<CallResult, String> {
-        self.begin(Lane::Urgent, 128, make)?.answer().await
+        self.begin(Lane::Urgent, 128, None, make)?.answer().await
     }
 
     /// Queues a call of about so many bytes. `Err`: it is not sent and never will be.
@@ -142,16 +155,21 @@ impl Session {
         self: &Arc<Self>,
         lane: Lane,
         bytes: usize,
+        places: Option<Places>,
         make: impl FnOnce(u64) -> pb::peer_message::Kind,
     ) -> Result<Asked, String> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (tx, answer) = oneshot::channel();
+        let waiting = Waiting {
+            answer: tx,
+            _places: places,
+        };
         {
             let mut calls = self.calls.lock();
             if calls.len() >= CALLS_MAX {
                 return Err(format!("{CALLS_MAX} calls wait for an answer of this peer"));
             }
-            calls.insert(id, tx);
+            calls.insert(id, waiting);
         }
         let asked = Asked {
             session: self.clone(),
@@ -164,6 +182,19 @@ impl Session {
             self.calls.lock().remove(&id);
         }
         Ok(asked)
+    }
+
+    /// Waits for the places of a service's call, in the order of asking. `None`: the session ended.
+    pub async fn places(self: &Arc<Self>, bytes: usize) -> Option<Places> {
+        let bytes = u32::try_from(bytes.clamp(1, self.service_bytes_max)).unwrap_or(u32::MAX);
+        let take = async {
+            Some(Places {
+                _call: self.service_calls.clone().acquire_owned().await.ok()?,
+                _share: self.service_bytes.clone().acquire_many_owned(bytes).await.ok()?,
+                _budget: self.budget.clone().acquire_many_owned(bytes).await.ok()?,
+            })
+        };
+        self.ended.run_until_cancelled(take).await.flatten()
     }
 
     /// A new append stream to a replica.

@@ -1,0 +1,238 @@
+//! Where a group is led and replicated: from the replica here if there is one, else from what other nodes say.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use super::error::ReadError;
+use crate::control::view::View;
+use crate::model::{GroupId, NodeId, ReplicaId};
+use crate::raft::transport::{PeerMethod, Peers};
+use crate::raft::{Group, Groups};
+use crate::wire::internal as pb;
+
+/// A replica that has known no leader for so long may itself be the one that is cut off: others are asked.
+const LONELY: Duration = Duration::from_secs(1);
+/// How long a read looks for a node that serves it.
+pub(super) const READ_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two attempts of a read.
+const READ_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where the leader of a group is.
+pub(super) enum Route {
+    /// The replica here leads, or is the only one there can be.
+    Here(Group),
+    /// This node leads, or knows who does, or is worth asking.
+    There(NodeId),
+    /// Nobody knows now.
+    Nowhere,
+}
+
+/// Who may answer a call about a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ask {
+    Leader,
+    AnyReplica,
+}
+
+/// What a node answered.
+pub(super) enum Told<T> {
+    Answer(T),
+    Elsewhere(pb::RelayElsewhere),
+    /// Not an answer of this protocol.
+    Nonsense,
+}
+
+/// How many of a group's nodes are reached from here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reach {
+    pub live: usize,
+    pub needed: usize,
+    pub replicas: usize,
+}
+
+impl Reach {
+    pub fn is_quorum(self) -> bool {
+        self.live >= self.needed
+    }
+}
+
+/// Finds leaders and replicas.
+pub(super) struct Router {
+    pub groups: Arc<Groups>,
+    pub view: Arc<View>,
+    pub peers: Option<Peers>,
+    /// Leaders of groups without a replica here, as last heard. As many as there are groups.
+    hints: Mutex<HashMap<GroupId, NodeId>>,
+    turn: AtomicUsize,
+}
+
+impl Router {
+    pub fn new(groups: Arc<Groups>, view: Arc<View>, peers: Option<Peers>) -> Self {
+        Self {
+            groups,
+            view,
+            peers,
+            hints: Mutex::default(),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// The node of a replica.
+    pub fn node_of(&self, group: GroupId, replica: ReplicaId) -> Option<NodeId> {
+        let place = self.view.group(group)?;
+        let found = place.replicas.iter().find(|(r, _)| *r == replica);
+        found
+            .map(|(_, node)| *node)
+            .or_else(|| self.peers.as_ref()?.map().node_of(replica))
+    }
+
+    /// The nodes of a group's replicas, without this one.
+    fn others(&self, group: GroupId) -> Vec<NodeId> {
+        let own = self.peers.as_ref().map(Peers::node);
+        let place = self.view.group(group);
+        let nodes = place.iter().flat_map(|p| &p.replicas).map(|(_, node)| *node);
+        nodes.filter(|node| Some(*node) != own).collect()
+    }
+
+    /// Where a proposal goes.
+    pub fn route(&self, group: GroupId) -> Route {
+        let local = self.groups.get(group);
+        let Some(peers) = &self.peers else {
+            return local.map_or(Route::Nowhere, Route::Here);
+        };
+        if let Some(local) = local {
+            if local.leads() {
+                return Route::Here(local);
+            }
+            let known = *local.watch_leader().borrow();
+            match known.leader.and_then(|leader| self.node_of(group, leader)) {
+                Some(node) if node != peers.node() => return Route::There(node),
+                Some(_) => return Route::Nowhere,
+                None if known.since.elapsed().is_ok_and(|lonely| lonely < LONELY) => return Route::Nowhere,
+                None => {}
+            }
+        }
+        if let Some(node) = self.hints.lock().get(&group) {
+            return Route::There(*node);
+        }
+        let others = self.others(group);
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        match others.get(turn % others.len().max(1)) {
+            Some(node) => Route::There(*node),
+            None => Route::Nowhere,
+        }
+    }
+
+    /// The leader as this node would tell another one.
+    pub fn elsewhere(&self, group: GroupId) -> pb::RelayElsewhere {
+        let local = self.groups.get(group);
+        let leader = local.as_ref().and_then(|g| g.watch_leader().borrow().leader);
+        let node = leader.and_then(|leader| self.node_of(group, leader));
+        pb::RelayElsewhere {
+            leader_node: node.map(NodeId::get),
+            replica: local.is_some(),
+        }
+    }
+
+    /// Takes note of what `node` said of a group that it does not lead.
+    pub fn told(&self, group: GroupId, node: NodeId, elsewhere: &pb::RelayElsewhere) {
+        let leader = elsewhere.leader_node.map(NodeId::new).filter(|leader| *leader != node);
+        match leader {
+            Some(leader) => drop(self.hints.lock().insert(group, leader)),
+            None => self.lost(group, node),
+        }
+    }
+
+    /// `node` answered as the leader.
+    pub fn leads(&self, group: GroupId, node: NodeId) {
+        self.hints.lock().insert(group, node);
+    }
+
+    /// `node` does not answer: it is not asked first any more.
+    pub fn lost(&self, group: GroupId, node: NodeId) {
+        let mut hints = self.hints.lock();
+        if hints.get(&group) == Some(&node) {
+            hints.remove(&group);
+        }
+    }
+
+    /// How much of a group is reached.
+    pub fn reach(&self, group: GroupId) -> Option<Reach> {
+        let peers = self.peers.as_ref()?;
+        let place = self.view.group(group)?;
+        let links = peers.links();
+        let up = |node: NodeId| node == peers.node() || links.iter().any(|l| l.node == node && l.up);
+        let replicas = place.replicas.len();
+        Some(Reach {
+            live: place.replicas.iter().filter(|(_, node)| up(*node)).count(),
+            needed: replicas / 2 + 1,
+            replicas,
+        })
+    }
+
+    /// Whom to ask, best first.
+    fn candidates(&self, group: GroupId, ask: Ask) -> Vec<NodeId> {
+        let own = self.peers.as_ref().map(Peers::node);
+        let first = match self.route(group) {
+            Route::Here(_) => own,
+            Route::There(node) => Some(node),
+            Route::Nowhere => None,
+        };
+        let mut all: Vec<NodeId> = first.into_iter().collect();
+        if ask == Ask::AnyReplica {
+            all.extend(self.others(group).into_iter().filter(|node| Some(*node) != first));
+        }
+        all
+    }
+
+    /// Asks until a node answers, within `patience`. Only for calls that change nothing: they may be entered twice.
+    pub async fn ask<T>(
+        &self,
+        group: GroupId,
+        ask: Ask,
+        method: PeerMethod,
+        payload: Bytes,
+        patience: Duration,
+        parse: impl Fn(Bytes) -> Told<T>,
+    ) -> Result<T, ReadError> {
+        let Some(peers) = &self.peers else {
+            return Err(ReadError::Unreachable("this node has no peers".into()));
+        };
+        let begun = Instant::now();
+        let mut last = format!("nobody knows who leads {group}");
+        loop {
+            for node in self.candidates(group, ask) {
+                let left = patience.saturating_sub(begun.elapsed());
+                match peers.call(node, method, payload.clone(), left).await.map(&parse) {
+                    Ok(Told::Answer(answer)) => {
+                        if ask == Ask::Leader {
+                            self.leads(group, node);
+                        }
+                        return Ok(answer);
+                    }
+                    Ok(Told::Elsewhere(elsewhere)) => {
+                        last = format!(
+                            "node {node} does not {} {group}",
+                            ["lead", "hold"][usize::from(ask == Ask::AnyReplica)]
+                        );
+                        self.told(group, node, &elsewhere);
+                    }
+                    Ok(Told::Nonsense) => last = format!("node {node} answers in a way this version does not know"),
+                    Err(e) => {
+                        last = e.message;
+                        self.lost(group, node);
+                    }
+                }
+            }
+            if begun.elapsed() + READ_PAUSE >= patience {
+                return Err(ReadError::Unreachable(last));
+            }
+            tokio::time::sleep(READ_PAUSE).await;
+        }
+    }
+}

@@ -1,0 +1,572 @@
+//! One task per shard that is published to: takes batches from its mailbox, puts as many as have come into one log
+//! entry, and hands out the answers in order. While entries are under way the mailbox fills, so entries grow with the
+//! load and a lone batch is proposed at once.
+//!
+//! Where the group is led elsewhere, what would be an entry goes to the leader's node as one call. When the leader
+//! changes, everything under way is answered first; then what is certain not to have happened, and what a producer's
+//! number makes safe to repeat, is sent again, in order, to the new leader. So a producer's session sees a failover as
+//! latency. Who is told "not processed" can rely on it: a batch that may have been stored once is never answered by how
+//! a later attempt failed.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use prost::Message;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::counts::BrokerMetrics;
+use super::error::PublishError;
+use super::ingest::{Item, Outcome, ReplyTo, tell};
+use super::relay_codec::outcome_from_pb;
+use super::route::{Route, Router};
+use crate::base::RetryClass;
+use crate::base::budget::BytePermit;
+use crate::base::clock::Clock;
+use crate::base::mailbox::Receiver;
+use crate::machine::{GroupOutcome, ItemOutcome, Refusal};
+use crate::model::batch::BatchHeader;
+use crate::model::limits::ENTRY_ITEMS_MAX;
+use crate::model::{GroupId, NodeId, ShardId};
+use crate::raft::transport::{CallError, Peers};
+use crate::raft::{Applied, Group, Pending, ProposeError};
+use crate::wire::internal as pb;
+
+/// An entry takes batches until it has this many bytes; one larger batch makes an entry of its own.
+const ENTRY_BYTES: usize = 1 << 20;
+/// Bound of what the bodies of an entry's batches decompress to: apply looks into each.
+const ENTRY_BODY_BYTES: usize = 16 << 20;
+/// Entries of one shard that may be in the log, or under way to its leader, and not applied.
+const ENTRIES_IN_FLIGHT: usize = 3;
+
+/// How long a batch waits for a leader that takes it …
+const ELECTION: Duration = Duration::from_secs(5);
+/// … and where too few of the group's nodes are reached for it to have one.
+const NO_QUORUM: Duration = Duration::from_secs(2);
+/// What was sent to the leader's node and is not answered by then is unknown, or sent again.
+const RELAY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a call may take to leave this node.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+/// Between attempts: the first, doubling up to the last. A new leader ends the pause.
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_millis(250);
+/// How often entries under way are looked at that do not get on.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// A batch in hand.
+struct Waiting {
+    item: pb::PublishItem,
+    permit: BytePermit,
+    reply: ReplyTo,
+    relayed: bool,
+    /// An earlier attempt may have stored it.
+    uncertain: bool,
+}
+
+impl Waiting {
+    fn producer(&self) -> Option<(u64, u64)> {
+        self.item.producer.as_ref().map(|p| (p.producer_id, p.epoch))
+    }
+}
+
+impl From<Item> for Waiting {
+    fn from(item: Item) -> Self {
+        Self {
+            item: pb::PublishItem {
+                batch: item.batch,
+                producer: item.producer,
+                expect: item.expect,
+            },
+            permit: item.permit,
+            reply: item.reply,
+            relayed: item.relayed,
+            uncertain: false,
+        }
+    }
+}
+
+/// What became of an entry.
+enum Answer {
+    Each(Vec<Outcome>),
+    All(PublishError),
+}
+
+enum Sent {
+    Here(Pending),
+    There(BoxFuture<'static, Answer>),
+}
+
+struct InFlight {
+    sent: Sent,
+    since: Instant,
+    waiting: Vec<Waiting>,
+}
+
+pub(super) struct Worker {
+    shard: ShardId,
+    group: Arc<AtomicU64>,
+    router: Arc<Router>,
+    clock: Clock,
+    metrics: Arc<BrokerMetrics>,
+    inbox: Receiver<Item>,
+    in_flight: VecDeque<InFlight>,
+    /// To be sent again when all that is under way is answered, in order.
+    failed: VecDeque<Waiting>,
+    /// To be sent before what is in the mailbox.
+    again: VecDeque<Waiting>,
+    /// Nothing is sent before.
+    resume: Option<Instant>,
+    pause: Duration,
+}
+
+impl Worker {
+    pub fn new(
+        shard: ShardId,
+        group: Arc<AtomicU64>,
+        router: Arc<Router>,
+        clock: Clock,
+        metrics: Arc<BrokerMetrics>,
+        inbox: Receiver<Item>,
+    ) -> Self {
+        Self {
+            shard,
+            group,
+            router,
+            clock,
+            metrics,
+            inbox,
+            in_flight: VecDeque::new(),
+            failed: VecDeque::new(),
+            again: VecDeque::new(),
+            resume: None,
+            pause: PAUSE_MIN,
+        }
+    }
+
+    fn group(&self) -> GroupId {
+        GroupId::new(self.group.load(Ordering::Acquire))
+    }
+
+    pub async fn run(mut self, token: CancellationToken) {
+        let alone = self.router.peers.is_none();
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            if self.in_flight.is_empty() {
+                while let Some(waiting) = self.failed.pop_back() {
+                    self.again.push_front(waiting);
+                }
+            }
+            let full = self.in_flight.len() >= ENTRIES_IN_FLIGHT;
+            let held = self.resume.is_some();
+            if !full && !held && !self.again.is_empty() {
+                self.send(None).await;
+                if token.is_cancelled() {
+                    break;
+                }
+                continue;
+            }
+            let settled = self.in_flight.is_empty();
+            tokio::select! {
+                biased;
+                (waiting, answer) = answer(&mut self.in_flight) => self.finish(waiting, answer),
+                item = self.inbox.recv(), if !full && !held => match item {
+                    Some(item) => self.send(Some(item.into())).await,
+                    None => break,
+                },
+                () = pause(&self.router, &self.group, self.resume), if held && settled => self.resume = None,
+                _ = look.tick(), if !alone && !settled => self.look(),
+                () = token.cancelled() => break,
+            }
+        }
+        // Everything that was proposed is answered; what still waits was not processed.
+        self.inbox.close();
+        while let Ok(Some(item)) = self.inbox.try_recv() {
+            self.conclude(item.into(), Err(PublishError::Stopping));
+        }
+        for waiting in std::mem::take(&mut self.again) {
+            self.conclude(waiting, Err(PublishError::Stopping));
+        }
+        while !self.in_flight.is_empty() {
+            let (waiting, answer) = answer(&mut self.in_flight).await;
+            self.finish(waiting, answer);
+        }
+        for waiting in std::mem::take(&mut self.failed) {
+            self.conclude(waiting, Err(PublishError::Stopping));
+        }
+    }
+
+    /// The batches of the next entry.
+    fn gather(&mut self, first: Option<Waiting>) -> Vec<Waiting> {
+        let (mut bytes, mut body_bytes) = (0, 0);
+        let mut gathered = Vec::new();
+        let mut next = self.again.pop_front().or(first);
+        while let Some(waiting) = next {
+            bytes += waiting.item.batch.len();
+            body_bytes += body_of(&waiting.item);
+            gathered.push(waiting);
+            next = None;
+            if bytes < ENTRY_BYTES && body_bytes < ENTRY_BODY_BYTES && gathered.len() < ENTRY_ITEMS_MAX {
+                next = self
+                    .again
+                    .pop_front()
+                    .or_else(|| self.inbox.try_recv().ok().flatten().map(Waiting::from));
+            }
+        }
+        gathered
+    }
+
+    /// Sends one entry. `first` only while nothing is to be sent again.
+    async fn send(&mut self, first: Option<Waiting>) {
+        let group = self.group();
+        let waiting = self.gather(first);
+        match self.router.route(group) {
+            Route::Here(replica) => self.propose(&replica, waiting).await,
+            Route::There(node) => {
+                let own = self.not_for_others(waiting);
+                if let Some(peers) = self.router.peers.clone().filter(|_| !own.is_empty()) {
+                    self.relay(&peers, node, group, own).await;
+                }
+            }
+            Route::Nowhere => {
+                let own = self.not_for_others(waiting);
+                let none = PublishError::Propose(ProposeError::NotLeader { group, leader: None });
+                self.finish(own, Answer::All(none));
+            }
+        }
+    }
+
+    /// Answers what came from other nodes: it has made its hop.
+    fn not_for_others(&mut self, waiting: Vec<Waiting>) -> Vec<Waiting> {
+        let (relayed, own): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|w| w.relayed);
+        let group = self.group();
+        for waiting in relayed {
+            let leader = self
+                .router
+                .groups
+                .get(group)
+                .and_then(|g| g.watch_leader().borrow().leader);
+            self.conclude(waiting, Err(ProposeError::NotLeader { group, leader }.into()));
+        }
+        own
+    }
+
+    async fn propose(&mut self, replica: &Group, mut waiting: Vec<Waiting>) {
+        let items: Vec<_> = waiting.iter_mut().map(|w| std::mem::take(&mut w.item)).collect();
+        self.metrics
+            .entry(items.len(), items.iter().map(|i| i.batch.len()).sum());
+        let command = pb::GroupCommand {
+            feature_level: crate::machine::FEATURE_LEVEL,
+            op: Some(pb::group_command::Op::Publish(pb::Publish {
+                shard_id: self.shard.get(),
+                time_us: self.clock.now_us(),
+                items,
+            })),
+        };
+        let bytes: Bytes = command.encode_to_vec().into();
+        // A node without peers never sends a batch twice: it does not keep the bytes.
+        if self.router.peers.is_some()
+            && let Some(pb::group_command::Op::Publish(publish)) = command.op
+        {
+            for (waiting, item) in waiting.iter_mut().zip(publish.items) {
+                waiting.item = item;
+            }
+        }
+        match replica.propose(bytes).await {
+            Ok(pending) => self.in_flight.push_back(InFlight {
+                sent: Sent::Here(pending),
+                since: Instant::now(),
+                waiting,
+            }),
+            Err(e) => self.failed_to_leave(waiting, e.into()),
+        }
+    }
+
+    async fn relay(&mut self, peers: &Peers, node: NodeId, group: GroupId, mut waiting: Vec<Waiting>) {
+        let items: Vec<_> = waiting.iter_mut().map(|w| std::mem::take(&mut w.item)).collect();
+        let call = pb::RelayPublish {
+            group_id: group.get(),
+            shard_id: self.shard.get(),
+            items,
+        };
+        let payload = call.encode_to_vec().into();
+        for (waiting, item) in waiting.iter_mut().zip(call.items) {
+            waiting.item = item;
+        }
+        let method = crate::raft::transport::PeerMethod::Publish;
+        let leaving = peers.begin_call(node, method, payload, RELAY_PATIENCE);
+        let router = self.router.clone();
+        match tokio::time::timeout(LEAVE_PATIENCE, leaving).await {
+            Ok(Ok(call)) => {
+                let answer = async move { relayed(&router, node, group, call.answer().await) };
+                self.in_flight.push_back(InFlight {
+                    sent: Sent::There(answer.boxed()),
+                    since: Instant::now(),
+                    waiting,
+                });
+            }
+            Ok(Err(e)) => self.failed_to_leave(waiting, call_failed(&router, node, group, &e)),
+            Err(_) => {
+                let stopped = ProposeError::NotLeader { group, leader: None };
+                self.failed_to_leave(waiting, stopped.into());
+            }
+        }
+    }
+
+    /// An entry that did not leave takes its place in the order of answers.
+    fn failed_to_leave(&mut self, waiting: Vec<Waiting>, error: PublishError) {
+        self.in_flight.push_back(InFlight {
+            sent: Sent::There(std::future::ready(Answer::All(error)).boxed()),
+            since: Instant::now(),
+            waiting,
+        });
+    }
+
+    fn finish(&mut self, waiting: Vec<Waiting>, answer: Answer) {
+        match answer {
+            Answer::Each(outcomes) => {
+                let group = self.group();
+                let mut outcomes = outcomes.into_iter();
+                for waiting in waiting {
+                    let outcome = outcomes.next();
+                    let outcome = outcome.unwrap_or_else(|| Err(ProposeError::Unknown { group }.into()));
+                    self.settle(waiting, outcome);
+                }
+            }
+            Answer::All(error) => {
+                if let PublishError::Moved { to } = &error {
+                    self.group.store(to.get(), Ordering::Release);
+                }
+                for waiting in waiting {
+                    self.settle(waiting, Err(error.clone()));
+                }
+            }
+        }
+        if !self.failed.is_empty() && self.resume.is_none() {
+            self.resume = Some(Instant::now() + self.pause);
+            self.pause = (self.pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Tells an outcome, or keeps the batch to send it again.
+    fn settle(&mut self, mut waiting: Waiting, outcome: Outcome) {
+        if outcome.is_ok() && self.failed.is_empty() {
+            self.pause = PAUSE_MIN;
+        }
+        if self.router.peers.is_none() || waiting.relayed {
+            return self.conclude(waiting, outcome);
+        }
+        let again = match &outcome {
+            // One before it is sent again, and this one behind it.
+            Ok(ItemOutcome::Refused(Refusal::OutOfOrder { .. } | Refusal::UnknownProducer)) => {
+                let producer = waiting.producer();
+                self.failed.iter().any(|f| f.producer() == producer)
+            }
+            Ok(_) => false,
+            Err(e) if e.retry_class() == RetryClass::MayHaveHappened => {
+                // A producer's number makes a second attempt safe; nothing else does.
+                waiting.uncertain = true;
+                waiting.item.producer.is_some()
+            }
+            Err(
+                PublishError::Propose(_)
+                | PublishError::NoLeader { .. }
+                | PublishError::NoQuorum { .. }
+                | PublishError::Moved { .. }
+                | PublishError::Stopping
+                | PublishError::Overloaded { .. },
+            ) => true,
+            Err(_) => false,
+        };
+        if again && waiting.reply.submitted.elapsed() < self.patience() {
+            self.failed.push_back(waiting);
+        } else {
+            self.conclude(waiting, outcome);
+        }
+    }
+
+    /// How long a batch waits for a leader.
+    fn patience(&self) -> Duration {
+        match self.router.reach(self.group()) {
+            Some(reach) if !reach.is_quorum() => NO_QUORUM,
+            Some(_) | None => ELECTION,
+        }
+    }
+
+    /// Tells the last word on a batch.
+    fn conclude(&self, waiting: Waiting, outcome: Outcome) {
+        let group = self.group();
+        let unknown = || Err(ProposeError::Unknown { group }.into());
+        let outcome = match outcome {
+            // How the last attempt was refused says nothing of the first one.
+            Ok(ItemOutcome::Refused(refusal))
+                if waiting.uncertain && refusal.retry() != RetryClass::MayHaveHappened =>
+            {
+                match refusal {
+                    // It would have been known as a duplicate before any of these was looked at.
+                    Refusal::OutOfOrder { .. }
+                    | Refusal::StreamFull
+                    | Refusal::IdsFull { .. }
+                    | Refusal::TooManyIds { .. }
+                    | Refusal::LastSequence { .. }
+                    | Refusal::SubjectLastSequence { .. }
+                    | Refusal::MessageTooLarge { .. }
+                    | Refusal::LargerThanStream
+                    | Refusal::SubjectExpectationUnsupported
+                    | Refusal::BadBatch => Ok(ItemOutcome::Refused(refusal)),
+                    Refusal::Fenced { .. }
+                    | Refusal::TooManyProducers { .. }
+                    | Refusal::ProducerSequenceZero
+                    | Refusal::UnknownProducer
+                    | Refusal::AnswerForgotten { .. } => unknown(),
+                }
+            }
+            Err(_) if waiting.uncertain => unknown(),
+            Err(PublishError::Propose(ProposeError::NotLeader { .. })) if !waiting.relayed => {
+                let waited = waiting.reply.submitted.elapsed();
+                Err(match self.router.reach(group) {
+                    Some(reach) if !reach.is_quorum() => PublishError::NoQuorum {
+                        group,
+                        live: reach.live,
+                        needed: reach.needed,
+                        replicas: reach.replicas,
+                    },
+                    Some(_) => PublishError::NoLeader { group, waited },
+                    None => ProposeError::NotLeader { group, leader: None }.into(),
+                })
+            }
+            outcome @ (Ok(_) | Err(_)) => outcome,
+        };
+        tell(&self.metrics, waiting.relayed, waiting.reply, waiting.permit, outcome);
+    }
+
+    /// Looks at entries that do not get on for lack of a quorum: what waits behind them is refused in time, and they
+    /// themselves end as unknown.
+    fn look(&mut self) {
+        let group = self.group();
+        let Some(since) = self.in_flight.front().map(|f| f.since.elapsed()) else {
+            return;
+        };
+        let silent = self.router.groups.get(group).and_then(|g| g.quorum_silence());
+        let lost = silent.is_some_and(|silence| silence >= NO_QUORUM)
+            || self.router.reach(group).is_some_and(|reach| !reach.is_quorum());
+        if since < NO_QUORUM || !lost {
+            return;
+        }
+        let no_leader = || Err(ProposeError::NotLeader { group, leader: None }.into());
+        for waiting in std::mem::take(&mut self.again) {
+            self.conclude(waiting, no_leader());
+        }
+        while let Ok(Some(item)) = self.inbox.try_recv() {
+            self.conclude(item.into(), no_leader());
+        }
+        while self
+            .in_flight
+            .front()
+            .is_some_and(|f| f.since.elapsed() >= RELAY_PATIENCE)
+        {
+            let Some(front) = self.in_flight.pop_front() else { break };
+            for mut waiting in front.waiting {
+                waiting.uncertain = true;
+                self.conclude(waiting, no_leader());
+            }
+        }
+    }
+}
+
+/// Bytes of a batch's records when they are not compressed.
+fn body_of(item: &pb::PublishItem) -> usize {
+    // An empty batch only uses up a producer number; all others were validated.
+    BatchHeader::peek(&item.batch).map_or(0, |header| header.body_bytes as usize)
+}
+
+/// Waits for the oldest entry. Pending for ever when there is none.
+async fn answer(in_flight: &mut VecDeque<InFlight>) -> (Vec<Waiting>, Answer) {
+    let Some(front) = in_flight.front_mut() else {
+        return std::future::pending().await;
+    };
+    // Only the wait may be cancelled by the select around this; taking it off the queue happens with the answer.
+    let answer = match &mut front.sent {
+        Sent::Here(pending) => match pending.wait().await {
+            Ok((_, _, Applied::Command(GroupOutcome::Published(outcomes)))) => {
+                Answer::Each(outcomes.into_iter().map(Ok).collect())
+            }
+            Ok((_, _, Applied::Command(GroupOutcome::Moved { to }))) => Answer::All(PublishError::Moved { to }),
+            // Only a shard that was removed meanwhile answers with anything else.
+            Ok((_, _, Applied::Command(_) | Applied::Done)) => Answer::All(PublishError::Removed),
+            Err(e) => Answer::All(e.into()),
+        },
+        Sent::There(answer) => answer.await,
+    };
+    match in_flight.pop_front() {
+        Some(front) => (front.waiting, answer),
+        None => (Vec::new(), answer),
+    }
+}
+
+/// What the leader's node said of an entry.
+fn relayed(router: &Router, node: NodeId, group: GroupId, answer: Result<Bytes, CallError>) -> Answer {
+    let unknown = || Answer::All(ProposeError::Unknown { group }.into());
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(e) => return Answer::All(call_failed(router, node, group, &e)),
+    };
+    match pb::RelayPublished::decode(answer).ok().and_then(|a| a.result) {
+        Some(pb::relay_published::Result::Outcomes(outcomes)) => {
+            router.leads(group, node);
+            let outcomes = outcomes.outcomes.into_iter();
+            let outcomes: Vec<Outcome> = outcomes.map(|o| outcome_from_pb(group, o)).collect();
+            // The whole shard has moved: all of an entry, or nothing.
+            match outcomes.first() {
+                Some(Err(e @ PublishError::Moved { .. })) => Answer::All(e.clone()),
+                Some(_) | None => Answer::Each(outcomes),
+            }
+        }
+        Some(pb::relay_published::Result::Elsewhere(elsewhere)) => {
+            router.told(group, node, &elsewhere);
+            Answer::All(ProposeError::NotLeader { group, leader: None }.into())
+        }
+        None => unknown(),
+    }
+}
+
+/// What a call that was not answered is to its batches.
+fn call_failed(router: &Router, node: NodeId, group: GroupId, e: &CallError) -> PublishError {
+    router.lost(group, node);
+    tracing::debug!(%group, %node, error = %e, "a publish could not be passed on");
+    match e.retry {
+        RetryClass::DidNotHappen => ProposeError::NotLeader { group, leader: None }.into(),
+        RetryClass::MayHaveHappened => ProposeError::Unknown { group }.into(),
+        RetryClass::CannotWork => ProposeError::Stopped {
+            group,
+            reason: e.message.clone(),
+        }
+        .into(),
+    }
+}
+
+/// Returns at that time, or when the replica here hears of a leader.
+async fn pause(router: &Router, group: &AtomicU64, until: Option<Instant>) {
+    let wait = tokio::time::sleep_until(until.unwrap_or_else(Instant::now));
+    let Some(replica) = router.groups.get(GroupId::new(group.load(Ordering::Acquire))) else {
+        return wait.await;
+    };
+    let mut leader = replica.watch_leader();
+    let heard = async {
+        while leader.changed().await.is_ok() {
+            if leader.borrow().leader.is_some() {
+                return;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = wait => {}
+        () = heard => {}
+    }
+}
