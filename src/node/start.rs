@@ -191,7 +191,7 @@ impl Running {
             context.alarms.clone(),
             work.clone(),
             context.publish_memory.clone(),
-            None,
+            cluster.as_ref().map(|cluster| cluster.peers.clone()),
         );
         let edge = Edge::new(
             broker,

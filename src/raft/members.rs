@@ -210,13 +210,6 @@ impl Group {
         }
     }
 
-    /// Waits until this replica has applied everything up to `index`; false if it has not within `patience`.
-    pub async fn wait_applied(&self, index: LogIndex, patience: Duration) -> bool {
-        let there = |m: &Metrics| m.last_applied.is_some_and(|applied| applied.index >= index.get());
-        let wait = self.raft().wait(Some(patience)).metrics(there, "has applied");
-        wait.await.is_ok()
-    }
-
     /// Whether this replica leads and a quorum has answered it within `age`. A group of one voter is its own quorum.
     pub fn leads_quorum(&self, age: Duration) -> bool {
         let metrics = self.metrics();

@@ -232,7 +232,13 @@ impl Control {
             }
         };
         match tokio::time::timeout(CHANGE, work).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => {
+                if let Duty::Change(voters) = &duty
+                    && id == GroupId::META
+                {
+                    tracing::info!(voters = voters.len(), "the meta group's voters were changed");
+                }
+            }
             Ok(Err(error)) => {
                 match error {
                     ChangeError::NotLeader { .. } | ChangeError::InProgress { .. } => {

@@ -14,7 +14,7 @@ use super::{PROTOCOL, STEP_MAX};
 use crate::model::{NodeId, ReplicaId};
 use crate::wire::internal as pb;
 use pb::join_frame::Step;
-use pb::membership_client::MembershipClient;
+use pb::joining_client::JoiningClient;
 
 const CONNECT_MAX: Duration = Duration::from_secs(2);
 /// Between two rounds over all addresses: this at first, …
@@ -127,8 +127,8 @@ impl Joining {
             let frame = outbound.recv().await?;
             Some((frame, outbound))
         });
-        let called = MembershipClient::new(channel).join(outbound);
-        let answered = tokio::time::timeout(STEP_MAX, called).await;
+        let mut client = JoiningClient::new(channel);
+        let answered = tokio::time::timeout(STEP_MAX, client.join(outbound)).await;
         let answered = answered.map_err(|_| passing("it does not answer"))?;
         let mut inbound = answered
             .map_err(|status| passing(status.message().to_owned()))?

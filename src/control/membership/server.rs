@@ -67,13 +67,13 @@ impl JoinServer {
     }
 
     /// To be added to the routes of the peer listener.
-    pub fn service(&self) -> pb::membership_server::MembershipServer<JoinServer> {
-        pb::membership_server::MembershipServer::new(self.clone()).max_decoding_message_size(FRAME_BYTES_MAX)
+    pub fn service(&self) -> pb::joining_server::JoiningServer<JoinServer> {
+        pb::joining_server::JoiningServer::new(self.clone()).max_decoding_message_size(FRAME_BYTES_MAX)
     }
 }
 
 #[tonic::async_trait]
-impl pb::membership_server::Membership for JoinServer {
+impl pb::joining_server::Joining for JoinServer {
     type JoinStream = Pin<Box<dyn Stream<Item = Result<pb::JoinFrame, Status>> + Send>>;
 
     async fn join(&self, request: Request<Streaming<pb::JoinFrame>>) -> Result<Response<Self::JoinStream>, Status> {
