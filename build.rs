@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "mainstem/v1/publish.proto",
         "mainstem/v1/read.proto",
         "mainstem/v1/admin.proto",
+        "mainstem/v1/cluster.proto",
     ];
     let public = protox::compile(files, ["proto"])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);

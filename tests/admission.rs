@@ -6,9 +6,9 @@ mod harness;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use harness::api::Api;
+use harness::api::{Api, Event};
 use harness::batch::{Codec, Record, encode};
 use harness::{Node, Options, until};
 use mainstem::wire::v1;
@@ -152,6 +152,48 @@ impl Drop for Stopped {
     }
 }
 
+type Idle = (
+    tokio::sync::mpsc::Sender<v1::ReadSessionRequest>,
+    tonic::Streaming<v1::ReadSessionResponse>,
+);
+
+/// Sessions that may be sent all of stream `s` and are not read from. A connection each, so that they do not share a
+/// window.
+async fn idle_readers(node: &Node, count: usize) -> Vec<Idle> {
+    let mut idle = Vec::new();
+    for _ in 0..count {
+        let api = node.api().await;
+        let (to, from) = tokio::sync::mpsc::channel(4);
+        to.send(greedy("s")).await.unwrap();
+        let requests = tokio_stream::wrappers::ReceiverStream::new(from);
+        idle.push((to, api.reader().read_session(requests).await.unwrap().into_inner()));
+    }
+    idle
+}
+
+/// Reads all messages of stream `s`, and tells how long it took.
+async fn read_whole(node: &Node, messages: u64) -> Duration {
+    let begun = Instant::now();
+    let api = node.api().await;
+    let open = v1::ReadOpen {
+        stream: "s".into(),
+        stop_at_tail: true,
+        ..Default::default()
+    };
+    let mut reader = api.read(open).await.unwrap();
+    let mut seen = 0;
+    while let Some(event) = reader.next().await.unwrap() {
+        if let Event::Messages(messages) = event {
+            for m in messages {
+                seen += 1;
+                assert_eq!(m.sequence, seen);
+            }
+        }
+    }
+    assert_eq!(seen, messages);
+    begun.elapsed()
+}
+
 /// Two dozen clients ask for 300 MiB each and read none of it; others publish and never look at their acks. The server's
 /// memory stays within its budget, other clients go on, and when the idle ones are gone so is what they held.
 ///
@@ -172,18 +214,9 @@ async fn clients_that_do_not_read_do_not_take_the_servers_memory() {
     api.create_simple("s", 1).await;
     api.create_simple("other", 1).await;
     let messages = fill(&api).await;
+    let alone = read_whole(&node, messages).await;
     let (_, before) = node.memory();
-
-    let mut idle = Vec::new();
-    for _ in 0..READERS {
-        // A connection each, so that they do not share a window.
-        let api = node.api().await;
-        let (to, from) = tokio::sync::mpsc::channel(4);
-        to.send(greedy("s")).await.unwrap();
-        let requests = tokio_stream::wrappers::ReceiverStream::new(from);
-        let answers = api.reader().read_session(requests).await.unwrap().into_inner();
-        idle.push((to, answers));
-    }
+    let idle = idle_readers(&node, READERS).await;
     let stopped = Stopped::start(&node).await;
     // Publishers that never take an ack: their sessions stop reading in turn. They have a runtime of their own, so that
     // their sockets close when they are dropped.
@@ -224,33 +257,19 @@ async fn clients_that_do_not_read_do_not_take_the_servers_memory() {
     })
     .await;
 
-    // Others go on meanwhile: the whole stream is read, several times over, and publishes are answered.
-    let begun = Instant::now();
+    // Others go on meanwhile: the whole stream is read, several times over, and publishes are answered. Had they to wait
+    // for the idle ones to be given up, it would take half a minute each time.
     let mut peak = 0;
     for round in 0..4 {
-        let other = node.api().await;
-        let mut reader = other
-            .read(v1::ReadOpen {
-                stream: "s".into(),
-                stop_at_tail: true,
-                ..Default::default()
-            })
-            .await
-            .unwrap();
-        let mut seen = 0;
-        while let Some(event) = reader.next().await.unwrap() {
-            if let harness::api::Event::Messages(messages) = event {
-                for m in messages {
-                    seen += 1;
-                    assert_eq!(m.sequence, seen);
-                }
-            }
-        }
-        assert_eq!(seen, messages + round);
-        other.publish("s", vec![message("s", vec![round as u8])]).await.unwrap();
+        let took = read_whole(&node, messages + round).await;
+        println!("300 MiB were read in {took:?}; with nobody else there, in {alone:?}");
+        assert!(
+            took < alone * 8 + Duration::from_secs(10),
+            "{took:?} instead of {alone:?}"
+        );
+        api.publish("s", vec![message("s", vec![round as u8])]).await.unwrap();
         peak = peak.max(node.memory().1);
     }
-    println!("300 MiB read four times in {:?}", begun.elapsed());
     let used = node.metric(READ_USED).await;
     println!(
         "resident: {} MiB before, {} MiB at most; read memory in use: {} MiB",
@@ -293,18 +312,7 @@ async fn answers_that_nobody_reads_are_bounded() {
         node.metric(READ_USED).await == 0.0
     })
     .await;
-    // A stopped client: what it asked for stays in the server.
-    let stopped = {
-        let mut idle = Vec::new();
-        for _ in 0..24 {
-            let api = node.api().await;
-            let (to, from) = tokio::sync::mpsc::channel(4);
-            to.send(greedy("s")).await.unwrap();
-            let requests = tokio_stream::wrappers::ReceiverStream::new(from);
-            idle.push((to, api.reader().read_session(requests).await.unwrap().into_inner()));
-        }
-        idle
-    };
+    let stopped = idle_readers(&node, 24).await;
     let refusal = async || match get().await {
         Ok(_) => None,
         Err(e) => Some((e.code, e.reason, e.retry)),
@@ -327,4 +335,51 @@ async fn answers_that_nobody_reads_are_bounded() {
     assert_eq!((e.code, e.reason, e.retry), expected);
     drop(stopped);
     until("a get is answered again", async || get().await.is_ok()).await;
+}
+
+/// Where idle clients hold all of the memory, those who have waited for half a minute get theirs.
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_clients_are_ended_when_others_wait() {
+    let node = Node::start(Options::plain().flag("--read-memory", "16MiB")).await;
+    let api = node.api().await;
+    api.create_simple("s", 1).await;
+    for _ in 0..30 {
+        api.publish("s", vec![message("s", vec![5; 4_000_000])]).await.unwrap();
+    }
+    let mut idle = idle_readers(&node, 6).await;
+    let took = read_whole(&node, 30).await;
+    println!("read after {took:?}");
+    // Whoever is ended is told when it reads again; at the latest now all can go on.
+    let mut ended = 0;
+    for (to, answers) in &mut idle {
+        let mut bytes = 0;
+        loop {
+            match answers.message().await {
+                Ok(Some(v1::ReadSessionResponse {
+                    frame: Some(v1::read_session_response::Frame::Batch(batch)),
+                })) => bytes += batch.batch.len(),
+                Ok(Some(v1::ReadSessionResponse {
+                    frame: Some(v1::read_session_response::Frame::CaughtUp(_)),
+                })) => {
+                    assert!(bytes > 30 * 4_000_000);
+                    break;
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("a session must say why it ends"),
+                Err(status) => {
+                    let e = harness::Failure::from(status);
+                    assert_eq!(
+                        (e.code, e.reason.as_str()),
+                        (Code::ResourceExhausted, "OVERLOADED"),
+                        "{e:?}"
+                    );
+                    ended += 1;
+                    break;
+                }
+            }
+        }
+        let _ = to;
+    }
+    println!("{ended} of {} idle sessions were ended", idle.len());
+    assert!(ended > 0);
 }

@@ -71,16 +71,16 @@ fn record(stream: &str, n: u32) -> Record {
         &format!("{stream}.{}", n % 7),
         format!("{stream} {n} ").repeat(1 + n as usize % 5),
     );
-    if n % 2 == 0 {
+    if n.is_multiple_of(2) {
         record = record.id(&format!("{stream}-{n}"));
     }
-    if n % 3 == 0 {
+    if n.is_multiple_of(3) {
         record.headers = vec![
             ("n".into(), n.to_string().into_bytes()),
             ("binary".into(), vec![0, 255, n as u8]),
         ];
     }
-    if n % 5 == 0 {
+    if n.is_multiple_of(5) {
         record.key = Some(n.to_be_bytes().to_vec());
         record.event_time_us = Some(1_700_000_000_000_000 + u64::from(n));
     }

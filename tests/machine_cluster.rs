@@ -1,173 +1,16 @@
 //! The catalog of a cluster of several nodes: who may join, leave and come back, one change of a group at a time, a shard
-//! from group to group; and that what one node alone wrote is still read.
+//! from group to group.
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
+mod catalog_support;
 mod machine_support;
 
-use machine_support::Store;
-use mainstem::machine::port::MetaKind;
-use mainstem::machine::{MetaMachine, MetaOutcome, MetaRefusal};
-use mainstem::model::{GroupId, NodeId, StreamId};
+use catalog_support::{Catalog, change, membership, node, voters};
+use mainstem::machine::{MetaOutcome, MetaRefusal};
+use mainstem::model::{GroupId, StreamId};
 use mainstem::wire::internal::v1::{self as pb, MoveStep, NodeState, ReplicaRole, meta_command::Op};
 use mainstem::wire::spec::normalise;
 use mainstem::wire::v1::StreamSpec;
-
-struct Catalog {
-    machine: MetaMachine,
-    store: Store,
-    time_us: u64,
-}
-
-impl Catalog {
-    /// So many nodes.
-    fn new(nodes: u64) -> Self {
-        let mut catalog = Self {
-            machine: MetaMachine::new(),
-            store: Store::new(false),
-            time_us: 1_000,
-        };
-        catalog.done(Op::InitCluster(pb::InitCluster {
-            cluster_id: "c".into(),
-            cluster_name: "test".into(),
-            pool_groups: 2,
-        }));
-        for id in 1..=nodes {
-            catalog.done(Op::JoinNode(node(id)));
-        }
-        catalog
-    }
-
-    /// Applies to the machine, and to one loaded from what was written before.
-    fn apply(&mut self, op: Op) -> MetaOutcome {
-        self.request("", op)
-    }
-
-    fn request(&mut self, request_id: &str, op: Op) -> MetaOutcome {
-        self.time_us += 1;
-        let command = pb::MetaCommand {
-            time_us: self.time_us,
-            request_id: request_id.into(),
-            op: Some(op),
-        };
-        let copy = Store::new(false);
-        copy.0.borrow_mut().meta = self.store.0.borrow().meta.clone();
-        let again = load(&self.store).apply(&mut copy.clone(), &command).unwrap();
-        let revision = self.machine.revision();
-        let outcome = self.machine.apply(&mut self.store, &command).unwrap();
-        assert_eq!(outcome, again);
-        assert_eq!(copy.0.borrow().meta, self.store.0.borrow().meta);
-        if matches!(outcome, MetaOutcome::Refused(_)) {
-            assert_eq!(self.machine.revision(), revision, "what is refused changes nothing");
-        }
-        outcome
-    }
-
-    fn done(&mut self, op: Op) -> MetaOutcome {
-        let text = format!("{op:?}");
-        let outcome = self.apply(op);
-        assert!(!matches!(outcome, MetaOutcome::Refused(_)), "{text}: {outcome:?}");
-        outcome
-    }
-
-    fn refused(&mut self, op: Op) -> MetaRefusal {
-        match self.apply(op) {
-            MetaOutcome::Refused(refusal) => refusal,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn node(&self, id: u64) -> pb::NodeRecord {
-        pb::NodeRecord::clone(self.machine.node(NodeId::new(id)).unwrap())
-    }
-
-    fn group(&self, id: u64) -> pb::GroupRecord {
-        pb::GroupRecord::clone(self.machine.group(GroupId::new(id)).unwrap())
-    }
-
-    /// A stream with one group of its own, formed.
-    fn stream(&mut self, name: &str, replicas: u32, dedicated: bool) -> (String, u64, u64) {
-        let id = self.time_us as u128;
-        let spec = normalise(&StreamSpec {
-            name: name.into(),
-            replicas,
-            dedicated,
-            ..StreamSpec::default()
-        });
-        let created = self.done(Op::CreateStream(pb::CreateStream {
-            stream_id: StreamId::new(id).to_string(),
-            spec: Some(spec.unwrap()),
-            unreachable_nodes: vec![],
-        }));
-        let MetaOutcome::StreamCreated(stream) = created else {
-            panic!("{created:?}");
-        };
-        let stream_id = stream.stream_id.clone();
-        self.done(Op::ActivateStream(pb::ActivateStream {
-            stream_id: stream_id.clone(),
-        }));
-        let (group, shard) = (stream.shards[0].group_id, stream.shards[0].shard_id);
-        if !self.group(group).formed {
-            self.form(group);
-        }
-        (stream_id, shard, group)
-    }
-
-    fn form(&mut self, group: u64) {
-        let voters = voters(&self.group(group));
-        self.done(Op::GroupFormed(pb::GroupFormed {
-            group_id: group,
-            membership: membership(&voters, 1),
-        }));
-    }
-}
-
-fn load(store: &Store) -> MetaMachine {
-    let state = store.0.borrow();
-    let records = state
-        .meta
-        .iter()
-        .map(|((kind, key), record)| (*kind, key.as_slice(), record.as_slice()));
-    MetaMachine::load(records).unwrap()
-}
-
-fn node(id: u64) -> pb::JoinNode {
-    pb::JoinNode {
-        node_id: id,
-        name: format!("node-{id}"),
-        store_id: format!("store-{id}"),
-        incarnation: 1,
-        peer_address: format!("10.0.0.{id}:7422"),
-        client_address: format!("10.0.0.{id}:7421"),
-        zone: "a".into(),
-        ..pb::JoinNode::default()
-    }
-}
-
-fn voters(group: &pb::GroupRecord) -> Vec<u64> {
-    let voters = group
-        .replicas
-        .iter()
-        .filter(|replica| replica.role() == ReplicaRole::Voter);
-    voters.map(|replica| replica.replica_id).collect()
-}
-
-fn membership(voters: &[u64], index: u64) -> Option<pb::GroupMembership> {
-    Some(pb::GroupMembership {
-        voters: voters.to_vec(),
-        learners: vec![],
-        index,
-    })
-}
-
-fn change(group: &pb::GroupRecord, add: &[u64], remove: &[u64]) -> Op {
-    Op::PlanReplicaChange(pb::PlanReplicaChange {
-        group_id: group.group_id,
-        base_epoch: group.epoch,
-        add_nodes: add.to_vec(),
-        remove_replicas: remove.to_vec(),
-        ..pb::PlanReplicaChange::default()
-    })
-}
 
 #[test]
 fn a_node_comes_and_comes_back() {
@@ -236,6 +79,7 @@ fn a_node_comes_and_comes_back() {
     }));
     assert_eq!(catalog.node(2).store_id, "store-2");
     assert_eq!(catalog.node(2).peer_address, "10.0.0.2:7422");
+    assert_eq!(catalog.node(2).zone, "a");
 }
 
 #[test]
@@ -429,7 +273,7 @@ fn one_change_at_a_time_and_no_late_report() {
     let free = (1..=4)
         .find(|node| before.replicas.iter().all(|r| r.node_id != *node))
         .unwrap();
-    let old = before.replicas[0].clone();
+    let old = before.replicas[0];
     // Refused: a holder, an unknown one, from another epoch.
     assert!(matches!(
         catalog.refused(change(&before, &[old.node_id], &[])),
@@ -449,7 +293,7 @@ fn one_change_at_a_time_and_no_late_report() {
     ));
     catalog.done(change(&before, &[free], &[old.replica_id]));
     let planned = catalog.group(id);
-    let added = planned.replicas.last().unwrap().clone();
+    let added = *planned.replicas.last().unwrap();
     assert_eq!((added.role(), planned.epoch), (ReplicaRole::Learner, before.epoch + 1));
     assert!(matches!(
         catalog.refused(change(&planned, &[], &[old.replica_id])),
@@ -580,7 +424,7 @@ fn a_shard_goes_from_group_to_group_in_steps() {
     assert!(matches!(catalog.refused(plan(None)), MetaRefusal::InFlight { .. }));
     let place = |catalog: &Catalog| {
         let stream = catalog.machine.stream_by_name("default", "s").unwrap();
-        stream.shards[0].clone()
+        stream.shards[0]
     };
     let moving = place(&catalog).moving.unwrap();
     let (to, move_id) = (moving.to_group, moving.move_id);
@@ -716,78 +560,4 @@ fn a_repeated_request_of_an_operator_gets_its_first_answer() {
         reused,
         MetaOutcome::Refused(MetaRefusal::RequestIdReused { .. })
     ));
-}
-
-/// As a cluster of one node wrote them before there could be several: `kind key record`, in hex.
-const FORMER: &str = include_str!("machine_support/former_catalog.hex");
-
-#[test]
-fn what_one_node_wrote_is_still_read() {
-    let mut store = Store::new(false);
-    for line in FORMER.lines().filter(|line| !line.starts_with('#')) {
-        let mut words = line.split(' ');
-        let kind = match words.next().unwrap() {
-            "cluster" => MetaKind::Cluster,
-            "node" => MetaKind::Node,
-            "group" => MetaKind::Group,
-            "stream" => MetaKind::Stream,
-            other => panic!("{other}"),
-        };
-        let bytes = |hex: &str| -> Vec<u8> {
-            let digits = hex.as_bytes().chunks(2);
-            digits
-                .map(|two| u8::from_str_radix(std::str::from_utf8(two).unwrap(), 16).unwrap())
-                .collect()
-        };
-        let key = bytes(words.next().unwrap());
-        let record = bytes(words.next().unwrap());
-        store.0.borrow_mut().meta.insert((kind, key), record);
-    }
-    let mut machine = load(&store);
-    let cluster = machine.cluster().unwrap();
-    assert_eq!(
-        (cluster.cluster_name.as_str(), cluster.revision, cluster.meta.clone()),
-        ("test", 7, None)
-    );
-    assert_eq!(machine.cluster_version(), 1);
-    let record = machine.node(NodeId::new(11)).unwrap();
-    assert_eq!(
-        (record.name.as_str(), record.state(), record.incarnation),
-        ("n1", NodeState::Active, 3)
-    );
-    let stream = machine.stream_by_name("default", "orders").unwrap();
-    let group = GroupId::new(stream.shards[0].group_id);
-    let shape = machine.shape();
-    assert_eq!((shape.groups[&group].wanted, shape.groups[&group].formed), (1, false));
-    assert!(shape.moves.is_empty() && shape.splits.is_empty());
-    assert_eq!(shape.settings, Default::default());
-    // Its next start makes it the first node of a cluster, with the replica that it has had all along.
-    let mut apply = |op| {
-        let command = pb::MetaCommand {
-            time_us: 9_000,
-            request_id: String::new(),
-            op: Some(op),
-        };
-        machine.apply(&mut store, &command).unwrap()
-    };
-    apply(Op::JoinNode(pb::JoinNode {
-        node_id: 11,
-        name: "n1".into(),
-        incarnation: 4,
-        store_id: "s".into(),
-        ..pb::JoinNode::default()
-    }));
-    apply(Op::JoinNode(pb::JoinNode {
-        node_id: 12,
-        name: "n2".into(),
-        incarnation: 1,
-        ..pb::JoinNode::default()
-    }));
-    let meta = machine.cluster().unwrap().meta.clone().unwrap();
-    assert_eq!(
-        (meta.voters, meta.learners),
-        (vec![1], vec![4]),
-        "r2 and r3 were given to the pool"
-    );
-    assert_eq!(machine.cluster().unwrap().next_replica_id, 5);
 }

@@ -11,8 +11,8 @@ use mainstem::machine::meta::remembered;
 use mainstem::machine::port::MetaKind;
 use mainstem::machine::{MetaMachine, MetaOutcome, MetaRefusal};
 use mainstem::model::limits::REQUEST_MEMORY_US;
-use mainstem::model::{Filter, GroupId, StreamId};
-use mainstem::wire::internal::v1::{self as pb, meta_command::Op};
+use mainstem::model::{Filter, GroupId, NodeId, StreamId};
+use mainstem::wire::internal::v1::{self as pb, NodeState, meta_command::Op};
 use mainstem::wire::spec::normalise;
 use mainstem::wire::v1::{StreamSpec, StreamState};
 use proptest::prelude::*;
@@ -154,7 +154,7 @@ fn create(id: u128, spec: StreamSpec) -> Op {
     Op::CreateStream(pb::CreateStream {
         stream_id: StreamId::new(id).to_string(),
         spec: Some(spec),
-        unreachable_nodes: vec![],
+        ..pb::CreateStream::default()
     })
 }
 
@@ -165,7 +165,7 @@ const SUBJECTS: [&str; 6] = ["x", "x.>", "x.*", "y.1", "*.1", "z.>"];
 enum Step {
     Node(u64),
     Create {
-        spec: StreamSpec,
+        spec: Box<StreamSpec>,
         request: Option<u8>,
     },
     Activate(u8),
@@ -205,7 +205,7 @@ fn step() -> impl Strategy<Value = Step> {
                 spec.replicas = replicas;
                 spec.dedicated = dedicated && replicas > 1;
                 spec.namespace = if other { "other".into() } else { spec.namespace };
-                Step::Create { spec, request }
+                Step::Create { spec: Box::new(spec), request }
             }
         ),
         3 => id().prop_map(Step::Activate),
@@ -242,10 +242,10 @@ proptest! {
                 Step::Create { spec, request } => {
                     let nodes = pair.machine.nodes().count() as u32;
                     let wanted = spec.clone();
-                    match pair.apply(&name_of(&request), create(next_id, spec)) {
+                    match pair.apply(&name_of(&request), create(next_id, *spec)) {
                         MetaOutcome::StreamCreated(stream) => {
                             next_id += 1;
-                            prop_assert_eq!(stream.spec.as_ref(), Some(&wanted));
+                            prop_assert_eq!(stream.spec.as_ref(), Some(&*wanted));
                             prop_assert!(wanted.replicas <= nodes);
                             for shard in &stream.shards {
                                 if let Some(group) = pair.machine.group(GroupId::new(shard.group_id)) {
@@ -254,7 +254,7 @@ proptest! {
                                 }
                             }
                         }
-                        MetaOutcome::StreamExisted(stream) => prop_assert_eq!(stream.spec.as_ref(), Some(&wanted)),
+                        MetaOutcome::StreamExisted(stream) => prop_assert_eq!(stream.spec.as_ref(), Some(&*wanted)),
                         MetaOutcome::Refused(_) => {}
                         other => prop_assert!(false, "{other:?}"),
                     }
@@ -268,7 +268,7 @@ proptest! {
                         base_revision += current.revision;
                         new = StreamSpec { subjects: new.subjects, ..current.spec.clone().unwrap() };
                     }
-                    let update = pb::UpdateStream { namespace: "default".into(), name: name.into(), spec: Some(new), base_revision, unreachable_nodes: vec![] };
+                    let update = pb::UpdateStream { namespace: "default".into(), name: name.into(), spec: Some(new), base_revision, ..pb::UpdateStream::default() };
                     pair.apply(&name_of(&request), Op::UpdateStream(update));
                 }
                 Step::Remove { name, grace_us, request } => {
@@ -428,4 +428,78 @@ fn ten_thousand_streams() {
         panic!("{outcome:?}");
     };
     assert_eq!((stream.as_str(), theirs.as_str()), ("s777", "orders.777.>"));
+}
+
+/// As a cluster of one node wrote them before there could be several: `kind key record`, in hex.
+const FORMER: &str = include_str!("machine_support/former_catalog.hex");
+
+#[test]
+fn what_one_node_wrote_is_still_read() {
+    let mut store = Store::new(false);
+    for line in FORMER.lines().filter(|line| !line.starts_with('#')) {
+        let mut words = line.split(' ');
+        let kind = match words.next().unwrap() {
+            "cluster" => MetaKind::Cluster,
+            "node" => MetaKind::Node,
+            "group" => MetaKind::Group,
+            "stream" => MetaKind::Stream,
+            other => panic!("{other}"),
+        };
+        let bytes = |hex: &str| -> Vec<u8> {
+            let digits = hex.as_bytes().chunks(2);
+            digits
+                .map(|two| u8::from_str_radix(std::str::from_utf8(two).unwrap(), 16).unwrap())
+                .collect()
+        };
+        let key = bytes(words.next().unwrap());
+        let record = bytes(words.next().unwrap());
+        store.0.borrow_mut().meta.insert((kind, key), record);
+    }
+    let mut machine = load(&store);
+    let cluster = machine.cluster().unwrap();
+    assert_eq!(
+        (cluster.cluster_name.as_str(), cluster.revision, cluster.meta.clone()),
+        ("test", 7, None)
+    );
+    assert_eq!(machine.cluster_version(), 1);
+    let record = machine.node(NodeId::new(11)).unwrap();
+    assert_eq!(
+        (record.name.as_str(), record.state(), record.incarnation),
+        ("n1", NodeState::Active, 3)
+    );
+    let stream = machine.stream_by_name("default", "orders").unwrap();
+    let group = GroupId::new(stream.shards[0].group_id);
+    let shape = machine.shape();
+    assert_eq!((shape.groups[&group].wanted, shape.groups[&group].formed), (1, false));
+    assert!(shape.moves.is_empty() && shape.splits.is_empty());
+    assert_eq!(shape.settings, Default::default());
+    // Its next start makes it the first node of a cluster, with the replica that it has had all along.
+    let mut apply = |op| {
+        let command = pb::MetaCommand {
+            time_us: 9_000,
+            request_id: String::new(),
+            op: Some(op),
+        };
+        machine.apply(&mut store, &command).unwrap()
+    };
+    apply(Op::JoinNode(pb::JoinNode {
+        node_id: 11,
+        name: "n1".into(),
+        incarnation: 4,
+        store_id: "s".into(),
+        ..pb::JoinNode::default()
+    }));
+    apply(Op::JoinNode(pb::JoinNode {
+        node_id: 12,
+        name: "n2".into(),
+        incarnation: 1,
+        ..pb::JoinNode::default()
+    }));
+    let meta = machine.cluster().unwrap().meta.clone().unwrap();
+    assert_eq!(
+        (meta.voters, meta.learners),
+        (vec![1], vec![4]),
+        "r2 and r3 were given to the pool"
+    );
+    assert_eq!(machine.cluster().unwrap().next_replica_id, 5);
 }

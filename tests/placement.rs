@@ -7,184 +7,16 @@
 mod machine_support;
 mod placement_support;
 
-use mainstem::control::placement::{Action, Step};
-use mainstem::machine::placement::{NodeShape, Nodes, Request, place};
+use mainstem::control::placement::{Action, GroupReport, NodeReport, Reports, Step, plan};
+use mainstem::machine::placement::{ClusterShape, NodeShape, Nodes, Request, place};
 use mainstem::machine::{MetaOutcome, MetaRefusal};
-use mainstem::model::{GroupId, NodeId, ReplicaId};
+use mainstem::model::{GroupId, NodeId, ReplicaId, TimeUs};
 use mainstem::wire::internal::v1::{self as pb, ChangeReason, NodeState, meta_command::Op};
+use placement_support::story::{ZONES, live, story};
 use placement_support::{Change, World};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::FileFailurePersistence;
-
-#[derive(Debug, Clone)]
-enum Event {
-    Kill(u64),
-    Revive(u64),
-    Drain(u64),
-    Undrain(u64),
-    Remove {
-        node: u64,
-        force: bool,
-    },
-    Join {
-        zone: usize,
-    },
-    Create {
-        replicas: u32,
-        shards: u32,
-        dedicated: bool,
-    },
-    Replicas {
-        stream: u8,
-        replicas: u32,
-    },
-    Zones {
-        stream: u8,
-        zones: Vec<usize>,
-    },
-    Damage {
-        group: u8,
-        replica: u8,
-    },
-    Wait(u8),
-}
-
-#[derive(Debug, Clone)]
-struct Story {
-    seed: u64,
-    zones: usize,
-    nodes: u64,
-    events: Vec<Event>,
-}
-
-const ZONES: [&str; 3] = ["a", "b", "c"];
-
-fn event() -> impl Strategy<Value = Event> {
-    let node = || 1u64..8;
-    let replicas = || prop::sample::select(vec![1u32, 2, 3, 3, 3, 5]);
-    prop_oneof![
-        3 => node().prop_map(Event::Kill),
-        3 => node().prop_map(Event::Revive),
-        2 => node().prop_map(Event::Drain),
-        1 => node().prop_map(Event::Undrain),
-        1 => (node(), any::<bool>()).prop_map(|(node, force)| Event::Remove { node, force }),
-        1 => (0usize..3).prop_map(|zone| Event::Join { zone }),
-        4 => (replicas(), 1u32..4, any::<bool>())
-            .prop_map(|(replicas, shards, dedicated)| Event::Create { replicas, shards, dedicated }),
-        3 => (1u8..6, replicas()).prop_map(|(stream, replicas)| Event::Replicas { stream, replicas }),
-        1 => (1u8..6, prop::collection::vec(0usize..3, 0..3)).prop_map(|(stream, zones)| Event::Zones { stream, zones }),
-        1 => (0u8..8, 0u8..3).prop_map(|(group, replica)| Event::Damage { group, replica }),
-        4 => (1u8..60).prop_map(Event::Wait),
-    ]
-}
-
-fn story() -> impl Strategy<Value = Story> {
-    (any::<u64>(), 1usize..4, 3u64..7, prop::collection::vec(event(), 1..30)).prop_map(
-        |(seed, zones, nodes, events)| Story {
-            seed,
-            zones,
-            nodes,
-            events,
-        },
-    )
-}
-
-/// Lives through a story. `Err`: something that must not be.
-fn live(story: &Story, bug: Option<Change>) -> Result<(), String> {
-    let mut world = World::new(story.seed);
-    for id in 1..=story.nodes {
-        world.join(id, ZONES[id as usize % story.zones]);
-    }
-    world.create(3, 2, true);
-    world.create(1, 2, false);
-    world.settle()?;
-    world.check_rest()?;
-    world.bug = bug;
-    let mut next = story.nodes + 1;
-    for event in &story.events {
-        happen(&mut world, event, story, &mut next)?;
-    }
-    world.settle()?;
-    world.check_rest()?;
-    // To and fro would show here: what one event asks for is done in a few steps.
-    for (what, times) in &world.done {
-        if *times > 24 {
-            return Err(format!("{what}: {times} times"));
-        }
-    }
-    Ok(())
-}
-
-fn happen(world: &mut World, event: &Event, story: &Story, next: &mut u64) -> Result<(), String> {
-    let known = |world: &World, id: u64| {
-        let node = world.machine.node(NodeId::new(id));
-        node.is_some_and(|node| node.state() != NodeState::Removed)
-    };
-    match event {
-        Event::Kill(id) if known(world, *id) => {
-            // Of the meta group a majority stays up: without it nobody would plan.
-            let voters = |down: u64| {
-                let nodes = world.machine.present_nodes();
-                nodes
-                    .filter(|node| world.meta_voters.contains(&node.meta_replica_id))
-                    .filter(|node| node.node_id != down && world.is_up(node.node_id))
-                    .count()
-            };
-            if voters(*id) > world.meta_voters.len() / 2 {
-                world.up.insert(NodeId::new(*id), false);
-            }
-        }
-        Event::Revive(id) if known(world, *id) => drop(world.up.insert(NodeId::new(*id), true)),
-        Event::Drain(id) => drop(world.apply(Op::DrainNode(pb::DrainNode { node_id: *id }))),
-        Event::Undrain(id) => drop(world.apply(Op::UndrainNode(pb::UndrainNode { node_id: *id }))),
-        Event::Remove { node, force } => {
-            let outcome = world.apply(Op::RemoveNode(pb::RemoveNode {
-                node_id: *node,
-                force: *force,
-                accept_loss: false,
-                unreachable_nodes: world.unreachable(),
-            }));
-            if matches!(outcome, MetaOutcome::NodeChanged(_)) {
-                world.up.insert(NodeId::new(*node), false);
-            }
-        }
-        Event::Join { zone } => {
-            world.join(*next, ZONES[*zone % story.zones]);
-            *next += 1;
-        }
-        Event::Create {
-            replicas,
-            shards,
-            dedicated,
-        } => drop(world.create(*replicas, *shards, *dedicated)),
-        Event::Replicas { stream, replicas } => {
-            drop(world.update(&format!("s{stream}"), |spec| spec.replicas = *replicas))
-        }
-        Event::Zones { stream, zones } => {
-            let zones: Vec<&str> = zones.iter().map(|zone| ZONES[*zone]).collect();
-            drop(world.update(&format!("s{stream}"), |spec| spec.placement = World::zones(&zones)));
-        }
-        Event::Damage { group, replica } => {
-            let groups: Vec<_> = world.machine.groups().cloned().collect();
-            let group = &groups[usize::from(*group) % groups.len()];
-            let voters: std::collections::BTreeSet<u64> = group.replicas.iter().map(|r| r.replica_id).collect();
-            // Never the last one that is whole: that is for people.
-            if let Some(replica) = group.replicas.get(usize::from(*replica))
-                && world.live(group, &voters) > voters.len() / 2 + 1
-            {
-                world.damaged.insert(ReplicaId::new(replica.replica_id));
-            }
-        }
-        Event::Wait(seconds) => {
-            for _ in 0..*seconds {
-                world.tick()?;
-            }
-        }
-        Event::Kill(_) | Event::Revive(_) => {}
-    }
-    world.tick().map(drop)
-}
 
 fn cases(default: u32) -> u32 {
     std::env::var("PLACEMENT_CASES").map_or(default, |text| text.parse().expect("a number"))
@@ -397,6 +229,89 @@ fn what_is_held_counts_for_the_spread() {
             .to_string()
             .contains("n2 (node-2): not needed: zone \"a\" holds 1 replicas")
     );
+}
+
+/// Not a figure, a bound: the planner runs every second.
+#[test]
+fn ten_thousand_groups() {
+    let nodes: Vec<pb::NodeRecord> = (1..=10)
+        .map(|node_id| pb::NodeRecord {
+            node_id,
+            name: format!("node-{node_id}"),
+            zone: ZONES[node_id as usize % 3].into(),
+            meta_replica_id: node_id,
+            ..pb::NodeRecord::default()
+        })
+        .collect();
+    let groups: Vec<pb::GroupRecord> = (0..10_000u64)
+        .map(|n| pb::GroupRecord {
+            group_id: n + 2,
+            formed: true,
+            replica_count: 3,
+            shards: 1,
+            replicas: (0..3)
+                .map(|k| pb::ReplicaRecord {
+                    replica_id: n * 3 + k + 100,
+                    node_id: (n + k) % 9 + 1,
+                    ..pb::ReplicaRecord::default()
+                })
+                .collect(),
+            ..pb::GroupRecord::default()
+        })
+        .collect();
+    let cluster = pb::ClusterRecord {
+        meta: Some(pb::MetaMembership {
+            voters: vec![1],
+            learners: (2..=10).collect(),
+            epoch: 10,
+        }),
+        ..pb::ClusterRecord::default()
+    };
+    let now = TimeUs::new(1_000_000);
+    let mut reports = Reports::default();
+    for id in 1..=10 {
+        let report = NodeReport {
+            last_seen: now,
+            ..NodeReport::default()
+        };
+        reports.nodes.insert(NodeId::new(id), report);
+    }
+    for group in &groups {
+        let ids = group.replicas.iter().map(|replica| ReplicaId::new(replica.replica_id));
+        // All of the first tenth are led from one place.
+        let leader = match group.group_id < 1_000 {
+            true => group.replicas.iter().max_by_key(|replica| replica.node_id).unwrap(),
+            false => &group.replicas[0],
+        };
+        let report = GroupReport {
+            leader: ReplicaId::new(leader.replica_id),
+            current: ids.collect(),
+        };
+        reports.groups.insert(GroupId::new(group.group_id), report);
+    }
+    reports.meta.leader = Some(ReplicaId::new(1));
+    reports.meta.voters = [ReplicaId::new(1)].into();
+    let begun = std::time::Instant::now();
+    let shape = ClusterShape::of(&cluster, &nodes, &groups, []);
+    let actions = plan(&shape, &reports, now);
+    println!("{} actions in {:?}", actions.len(), begun.elapsed());
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(action.step, Step::SetMetaVoters { .. }))
+    );
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(action.step, Step::TransferLeader { .. }))
+    );
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(&action.step, Step::ChangeReplicas { add, .. } if add == &[NodeId::new(10)])),
+        "the empty node gets something"
+    );
+    assert!(begun.elapsed().as_secs() < 5);
 }
 
 fn three() -> World {

@@ -1,5 +1,6 @@
 //! `StreamService` and `ServerService`.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
@@ -8,9 +9,10 @@ use super::Edge;
 use super::status::Refusal;
 use crate::broker::namespace_or_default;
 use crate::control::PurgeUpto;
+use crate::control::reports::Picture;
 use crate::control::view::StreamView;
 use crate::model::limits::REQUEST_ID_BYTES_MAX;
-use crate::model::{Sequence, StreamId};
+use crate::model::{GroupId, Sequence, StreamId};
 use crate::wire::v1;
 use crate::wire::v1::server_service_server::ServerService;
 use crate::wire::v1::stream_service_server::StreamService;
@@ -29,74 +31,80 @@ pub struct Server {
 }
 
 impl Streams {
-    /// A stream with the figures of its shards as this node knows them.
-    fn describe(&self, stream: &StreamView) -> v1::Stream {
-        let groups = self.edge.broker.groups();
-        let shards = stream
-            .shards
+    /// A stream with the figures of its shards.
+    async fn describe(&self, stream: &StreamView) -> v1::Stream {
+        let described = self.describe_all(&[stream]).await;
+        described.into_iter().next().unwrap_or_default()
+    }
+
+    /// Streams with the figures of their shards: as their leaders tell them, or else whoever answers soon.
+    async fn describe_all(&self, streams: &[&StreamView]) -> Vec<v1::Stream> {
+        let operations = &self.edge.operations;
+        let groups = streams.iter().flat_map(|s| s.shards.iter().map(|p| p.group)).collect();
+        let gathered = operations.gather_groups(&groups).await;
+        let picture = Picture::of(&gathered);
+        let reports: HashMap<GroupId, v1::GroupReport> = groups
             .iter()
-            .map(|place| {
-                let at = groups.directory().get(place.shard).map(|s| s.positions());
-                let status = groups.get(place.group).map(|g| (g.replica, g.status()));
-                let group = self.edge.broker.view().group(place.group);
-                let node_of = |replica: crate::model::ReplicaId| {
-                    group
-                        .as_ref()
-                        .and_then(|g| g.replicas.iter().find(|(r, _)| *r == replica))
-                        .map(|(_, node)| node.get())
-                };
-                let mut shard = v1::Shard {
-                    index: place.index,
-                    shard_id: place.shard.get(),
-                    group_id: place.group.get(),
-                    floor: 1,
-                    tail: 1,
-                    ..v1::Shard::default()
-                };
-                if let Some(at) = at {
-                    shard.floor = at.floor.get();
-                    shard.tail = at.tail.get();
-                    shard.messages = at.messages;
-                    shard.bytes = at.bytes;
-                    shard.first_time_us = at.first_time.map(|t| t.get());
-                    shard.last_time_us = at.last_time.map(|t| t.get());
-                }
-                let leader = status.and_then(|(_, s)| s.leader);
-                if let Some((_, status)) = status {
-                    shard.term = status.term.get();
-                    shard.leader_node = leader.and_then(node_of);
-                }
-                for (replica, node) in group.iter().flat_map(|g| &g.replicas) {
-                    let (lag, state) = match status {
-                        Some((own, status)) if own == *replica => {
-                            let last = status.last_log.map_or(0, |l| l.get());
-                            let applied = status.last_applied.map_or(0, |l| l.get());
-                            (last.saturating_sub(applied), "current")
-                        }
-                        Some(_) | None => (0, "offline"),
-                    };
-                    shard.replicas.push(v1::Replica {
-                        replica_id: replica.get(),
-                        node_id: node.get(),
-                        leader: leader == Some(*replica),
-                        state: state.to_owned(),
-                        lag_entries: lag,
-                    });
-                }
-                shard
-            })
+            .filter_map(|group| Some((*group, operations.group_report(&picture, *group)?)))
             .collect();
-        v1::Stream {
-            spec: Some(stream.spec.clone()),
-            stream_id: stream.id.to_string(),
-            epoch: stream.epoch.get(),
-            revision: stream.revision.get(),
-            created_us: stream.created.get(),
-            state: stream.state.into(),
-            removed_until_us: (stream.state == v1::StreamState::Removed).then(|| stream.removed_until.get()),
-            map: Some(v1::ShardMap::from(&stream.map)),
-            shards,
+        streams.iter().map(|s| stream_of(s, &picture, &reports)).collect()
+    }
+}
+
+fn stream_of(stream: &StreamView, picture: &Picture<'_>, groups: &HashMap<GroupId, v1::GroupReport>) -> v1::Stream {
+    let shards = stream.shards.iter().map(|place| {
+        let mut shard = v1::Shard {
+            index: place.index,
+            shard_id: place.shard.get(),
+            group_id: place.group.get(),
+            floor: 1,
+            tail: 1,
+            ..v1::Shard::default()
+        };
+        if let Some(at) = picture.shard(place.group, place.shard.get()) {
+            shard.floor = at.floor;
+            shard.tail = at.tail;
+            shard.messages = at.messages;
+            shard.bytes = at.bytes;
+            shard.first_time_us = at.first_time_us;
+            shard.last_time_us = at.last_time_us;
         }
+        if let Some(group) = groups.get(&place.group) {
+            shard.leader_node = group.leader_node;
+            shard.term = group.term;
+            shard.replicas = group.replicas.iter().map(replica_of).collect();
+        }
+        shard
+    });
+    v1::Stream {
+        spec: Some(stream.spec.clone()),
+        stream_id: stream.id.to_string(),
+        epoch: stream.epoch.get(),
+        revision: stream.revision.get(),
+        created_us: stream.created.get(),
+        state: stream.state.into(),
+        removed_until_us: (stream.state == v1::StreamState::Removed).then(|| stream.removed_until.get()),
+        map: Some(v1::ShardMap::from(&stream.map)),
+        shards: shards.collect(),
+    }
+}
+
+fn replica_of(replica: &v1::ReplicaReport) -> v1::Replica {
+    let state = match replica.state() {
+        v1::ReplicaState::Current => "current",
+        v1::ReplicaState::Lagging => "lagging",
+        v1::ReplicaState::Offline => "offline",
+        v1::ReplicaState::Damaged => "damaged",
+        v1::ReplicaState::NotRunning => "starting",
+        v1::ReplicaState::Waiting => "waiting",
+        v1::ReplicaState::Unspecified => "unknown",
+    };
+    v1::Replica {
+        replica_id: replica.replica_id,
+        node_id: replica.node_id,
+        leader: replica.leader,
+        state: state.to_owned(),
+        lag_entries: replica.lag_entries.unwrap_or(0),
     }
 }
 
@@ -118,7 +126,7 @@ impl StreamService for Streams {
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(v1::CreateStreamResponse {
-            stream: Some(self.describe(&stream)),
+            stream: Some(self.describe(&stream).await),
             existed,
         }))
     }
@@ -135,7 +143,7 @@ impl StreamService for Streams {
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(v1::GetStreamResponse {
-            stream: Some(self.describe(&stream)),
+            stream: Some(self.describe(&stream).await),
         }))
     }
 
@@ -174,7 +182,7 @@ impl StreamService for Streams {
             page.truncate(size);
             return Ok(Response::new(v1::ListStreamsResponse {
                 next_page_token: next_token(more, page.last(), page_key),
-                streams: page.iter().map(|s| self.describe(s)).collect(),
+                streams: self.describe_all(&page.iter().map(|s| &**s).collect::<Vec<_>>()).await,
             }));
         }
         let after = (!request.page_token.is_empty()).then_some(request.page_token.as_str());
@@ -183,7 +191,7 @@ impl StreamService for Streams {
         page.truncate(size);
         Ok(Response::new(v1::ListStreamsResponse {
             next_page_token: next_token(more, page.last(), |s| s.spec.name.clone()),
-            streams: page.iter().map(|s| self.describe(s)).collect(),
+            streams: self.describe_all(&page.iter().map(|s| &**s).collect::<Vec<_>>()).await,
         }))
     }
 
@@ -204,7 +212,7 @@ impl StreamService for Streams {
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(v1::UpdateStreamResponse {
-            stream: Some(self.describe(&stream)),
+            stream: Some(self.describe(&stream).await),
         }))
     }
 
@@ -227,7 +235,7 @@ impl StreamService for Streams {
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(v1::DeleteStreamResponse {
-            stream: Some(self.describe(&stream)),
+            stream: Some(self.describe(&stream).await),
         }))
     }
 
@@ -254,7 +262,7 @@ impl StreamService for Streams {
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(v1::UndeleteStreamResponse {
-            stream: Some(self.describe(&stream)),
+            stream: Some(self.describe(&stream).await),
         }))
     }
 
@@ -303,7 +311,7 @@ impl StreamService for Streams {
 }
 
 /// A request id, within its limit: it is kept in the catalog for a while.
-fn known_as(request_id: String) -> Result<String, Refusal> {
+pub(super) fn known_as(request_id: String) -> Result<String, Refusal> {
     if request_id.len() > REQUEST_ID_BYTES_MAX {
         return Err(Refusal::bad_request(
             "BAD_REQUEST",
@@ -364,4 +372,5 @@ const FEATURES: &[&str] = &[
     "streams",
     "purge-by-subject",
     "undelete",
+    "cluster",
 ];

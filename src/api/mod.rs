@@ -2,6 +2,7 @@
 //! here: draining, session counts, memory, disk space.
 
 mod admin;
+mod cluster;
 mod outgoing;
 mod publish;
 mod publish_session;
@@ -25,6 +26,7 @@ use crate::base::tasks::Tasks;
 use crate::broker::Broker;
 use crate::broker::error::ReadError;
 use crate::control::Control;
+use crate::control::operations::Operations;
 use crate::model::limits::GRPC_MESSAGE_BYTES_MAX;
 use crate::wire::v1;
 
@@ -48,10 +50,18 @@ pub struct ServerFacts {
     pub started_us: u64,
 }
 
+/// What bounds the sessions and answers of a node.
+pub struct Bounds {
+    pub sessions_max: usize,
+    /// Messages read for clients and not yet sent.
+    pub read_memory: ByteBudget,
+}
+
 /// What every service needs.
 pub struct Edge {
     pub broker: Arc<Broker>,
     pub control: Arc<Control>,
+    pub operations: Arc<Operations>,
     pub alarms: Alarms,
     /// Sessions are tasks of this group; they end when it is drained.
     pub tasks: Tasks,
@@ -69,6 +79,7 @@ pub struct Edge {
 enum SessionKind {
     Publish,
     Read,
+    Watch,
 }
 
 impl SessionKind {
@@ -76,6 +87,7 @@ impl SessionKind {
         match self {
             SessionKind::Publish => "publish",
             SessionKind::Read => "read",
+            SessionKind::Watch => "watch",
         }
     }
 }
@@ -104,7 +116,7 @@ impl Drop for SessionPlace {
 }
 
 /// The answers of a session, with its place: what a client has not taken of a session that has ended counts as one.
-struct Placed<S> {
+pub struct Placed<S> {
     answers: S,
     _place: SessionPlace,
 }
@@ -121,22 +133,22 @@ impl Edge {
     /// See the fields.
     pub fn new(
         broker: Arc<Broker>,
-        control: Arc<Control>,
+        operations: Arc<Operations>,
         alarms: Alarms,
         tasks: Tasks,
         draining: watch::Receiver<bool>,
-        sessions_max: usize,
-        read_memory: ByteBudget,
+        bounds: Bounds,
         facts: ServerFacts,
     ) -> Arc<Self> {
         Arc::new(Self {
             broker,
-            control,
+            control: operations.control().clone(),
+            operations,
             alarms,
             tasks,
             draining,
-            sessions_max,
-            read_memory,
+            sessions_max: bounds.sessions_max,
+            read_memory: bounds.read_memory,
             facts,
             sessions: Arc::default(),
         })
@@ -181,6 +193,11 @@ pub fn routes(edge: Arc<Edge>) -> tonic::service::Routes {
     )
     .add_service(
         v1::stream_service_server::StreamServiceServer::new(admin::Streams { edge: edge.clone() })
+            .max_decoding_message_size(max)
+            .max_encoding_message_size(max),
+    )
+    .add_service(
+        v1::cluster_service_server::ClusterServiceServer::new(cluster::Cluster { edge: edge.clone() })
             .max_decoding_message_size(max)
             .max_encoding_message_size(max),
     )

@@ -2,9 +2,10 @@
 //! from before it is read until the transport asks for the one behind it: only then have its bytes left for the client.
 //! So a client that does not read holds what was sent it before it stopped, and no more.
 //!
-//! Memory is given first come, first served. While more than half of it is free a frame may have the size of the largest
-//! batch; beyond, frames are smaller, so that those who do not read leave room for those who do. A session that takes
-//! nothing for [`STALLED`] while others wait loses what it has queued, and ends.
+//! Memory is given first come, first served, and less at a time the shorter it is ([`Step`]), so that those who do not
+//! read leave room for those who do. A session that takes nothing for [`STALLED`] while others wait loses its memory, and
+//! ends; what it leaves in the transport, one frame, is bounded by the number of sessions, among which it counts until
+//! its client is gone.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -22,13 +23,39 @@ use crate::base::budget::{ByteBudget, BytePermit};
 
 /// Frames waiting to be sent to one client.
 const FRAMES: usize = 4;
-/// Bytes of frames on their way to one client: a frame is begun while half of this is free.
+/// Bytes of frames on their way to one client: a frame is begun while half of this is free, or, when memory is short,
+/// all of it.
 const SESSION_BYTES: u32 = 2 << 20;
 const SESSION_STEP: u32 = SESSION_BYTES / 2;
-/// Largest batch frame while there is room, beyond which a stored batch is cut.
-const LARGE_BYTES: usize = 9 << 20;
-/// The same when memory is short.
-const SMALL_BYTES: usize = 1 << 20;
+
+/// How much a frame may take: beyond that a stored batch is cut, though never a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// The largest batch, while this stays within half of the memory.
+    Large = 9 << 20,
+    /// Within three quarters; one frame on its way.
+    Small = 1 << 20,
+    /// Beyond; one frame on its way.
+    Least = 64 << 10,
+}
+
+impl Step {
+    fn of(memory: &ByteBudget) -> Self {
+        let (used, limit) = (memory.used(), memory.limit());
+        if used + Step::Large.bytes() <= limit / 2 {
+            Step::Large
+        } else if used + Step::Small.bytes() <= limit / 4 * 3 {
+            Step::Small
+        } else {
+            Step::Least
+        }
+    }
+
+    /// With what a frame has besides its batch.
+    fn bytes(self) -> usize {
+        self as usize + FRAME_OVERHEAD
+    }
+}
 /// What a frame has besides its batch: a cursor, mostly.
 const FRAME_OVERHEAD: usize = 64 << 10;
 /// How long a client may take nothing while others wait for memory.
@@ -51,7 +78,7 @@ struct State<T> {
     queue: VecDeque<(T, Option<Room>)>,
     /// Of the frame that the transport took last.
     sending: Option<Room>,
-    /// When the transport last took a frame.
+    /// When the transport last took a frame, or the first one came to an empty queue.
     taken: Instant,
     /// No frame will follow.
     ended: bool,
@@ -113,16 +140,19 @@ impl<T> Sender<T> {
             while self.shared.state.lock().queue.len() >= FRAMES {
                 self.shared.taken.notified().await;
             }
-            let own = Arc::clone(&self.own).acquire_many_owned(SESSION_STEP).await;
-            let own = own.expect("the semaphore of a session is never closed");
-            let large = LARGE_BYTES + FRAME_OVERHEAD;
-            if self.memory.used() + large <= self.memory.limit() / 2
-                && let Some(node) = self.memory.try_acquire(large)
+            let mut own = self.share(SESSION_STEP).await;
+            if Step::of(&self.memory) != Step::Large {
+                own.merge(self.share(SESSION_BYTES - SESSION_STEP).await);
+            }
+            let step = Step::of(&self.memory);
+            // Nothing is free while others wait.
+            if self.memory.free() >= step.bytes()
+                && let Some(node) = self.memory.try_acquire(step.bytes())
             {
                 return Room { node, own };
             }
             Room {
-                node: self.take(SMALL_BYTES + FRAME_OVERHEAD).await,
+                node: self.take(Step::Least.bytes()).await,
                 own,
             }
         };
@@ -131,6 +161,11 @@ impl<T> Sender<T> {
             () = self.closed() => Err(Gone),
             room = wait => Ok(room),
         }
+    }
+
+    async fn share(&self, bytes: u32) -> OwnedSemaphorePermit {
+        let share = Arc::clone(&self.own).acquire_many_owned(bytes).await;
+        share.expect("the semaphore of a session is never closed")
     }
 
     async fn take(&self, bytes: usize) -> BytePermit {
@@ -144,10 +179,10 @@ impl<T> Sender<T> {
     pub(super) async fn fit(&self, room: Room, bytes: usize) -> Result<Room, Gone> {
         let Room { mut node, mut own } = room;
         let size = u32::try_from(bytes).unwrap_or(u32::MAX).min(SESSION_BYTES);
-        if size < SESSION_STEP {
-            let spare = SESSION_STEP - size;
-            drop(own.split(spare as usize));
-        } else if let Ok(more) = Arc::clone(&self.own).try_acquire_many_owned(size - SESSION_STEP) {
+        let held = u32::try_from(own.num_permits()).unwrap_or(u32::MAX);
+        if size < held {
+            drop(own.split((held - size) as usize));
+        } else if let Ok(more) = Arc::clone(&self.own).try_acquire_many_owned(size - held) {
             own.merge(more);
         }
         if bytes <= node.bytes() {
@@ -171,6 +206,9 @@ impl<T> Sender<T> {
                     return Err(Gone);
                 }
                 if state.queue.len() < FRAMES {
+                    if state.queue.is_empty() {
+                        state.taken = Instant::now();
+                    }
                     state.queue.push_back((frame, room));
                     wake(state);
                     return Ok(());
@@ -188,17 +226,19 @@ impl<T> Sender<T> {
         wake(state);
     }
 
-    /// Whether the client has taken nothing for [`STALLED`] of what waits for it, while others wait for memory.
+    /// Whether the client has taken nothing for [`STALLED`], while others wait for the memory that it holds.
     pub(super) fn is_stalled(&self) -> bool {
         let state = self.shared.state.lock();
-        let holds = state.queue.iter().any(|(_, room)| room.is_some());
+        let holds = state.sending.is_some() || state.queue.iter().any(|(_, room)| room.is_some());
         holds && state.taken.elapsed() >= STALLED && self.memory.waiting() > 0
     }
 
-    /// Takes back everything that the transport has not taken.
+    /// Takes back everything that the transport has not taken, and all memory.
     pub(super) fn clear(&self) {
-        let queue = std::mem::take(&mut self.shared.state.lock().queue);
-        drop(queue);
+        let mut state = self.shared.state.lock();
+        let left = (std::mem::take(&mut state.queue), state.sending.take());
+        drop(state);
+        drop(left);
     }
 
     /// Completes when the client is gone.
@@ -324,12 +364,17 @@ mod tests {
     async fn when_memory_is_short_frames_are_small_and_then_wait_their_turn() {
         let memory = ByteBudget::new("test", 32 * MIB);
         let (to, _from) = open(&memory);
-        assert!(to.room().await.expect("open").bytes() >= 8 * MIB as u64);
+        assert_eq!(to.room().await.expect("open").bytes(), Step::Large as u64);
         let half = memory.try_acquire(16 * MIB).expect("free");
         let small = to.room().await.expect("open");
-        assert_eq!(small.bytes(), SMALL_BYTES as u64);
-        drop(small);
-        let rest = memory.try_acquire(16 * MIB).expect("free");
+        assert_eq!(small.bytes(), Step::Small as u64);
+        let small = to.fit(small, 1_000).await.expect("open");
+        to.send(1, Some(small)).await.expect("open");
+        assert!(to.room().now_or_never().is_none(), "one frame on its way");
+        let (to, _from) = open(&memory);
+        let most = memory.try_acquire(10 * MIB).expect("free");
+        assert_eq!(to.room().await.expect("open").bytes(), Step::Least as u64);
+        let rest = memory.try_acquire(memory.free()).expect("free");
         let mut waiting = Box::pin(to.room());
         assert!(futures_util::poll!(&mut waiting).is_pending());
         assert_eq!(memory.waiting(), 1);
@@ -340,7 +385,7 @@ mod tests {
         let rest = memory.try_acquire(memory.free()).expect("free");
         let mut fitting = Box::pin(to.fit(room, 3 * MIB));
         assert!(futures_util::poll!(&mut fitting).is_pending());
-        drop((half, rest));
+        drop((half, most, rest));
         assert_eq!(fitting.await.expect("open").node.bytes(), 3 * MIB);
     }
 
@@ -351,7 +396,7 @@ mod tests {
         push(&to, 1, 1_000).await;
         push(&to, 2, 1_000).await;
         assert_eq!(from.next().await, Some(1));
-        tokio::time::advance(STALLED).await;
+        tokio::time::advance(STALLED * 2).await;
         assert!(!to.is_stalled(), "nobody waits");
         let rest = memory.try_acquire(memory.free()).expect("free");
         let mut other = Box::pin(memory.acquire(1_500));
@@ -359,11 +404,21 @@ mod tests {
         assert!(to.is_stalled());
         to.clear();
         to.send_last(7);
-        assert!(!to.is_stalled(), "nothing is queued but the last word");
+        assert!(!to.is_stalled(), "it holds nothing but the last word");
+        assert!(other.await.is_ok(), "its memory was enough");
         drop(rest);
-        assert!(other.await.is_ok());
         assert_eq!(from.next().await, Some(7));
         assert_eq!(from.next().await, None);
         assert_eq!(memory.used(), 0);
+        // Who has waited long for messages is not one who takes none.
+        let (to, mut from) = open(&memory);
+        assert_eq!(from.next().now_or_never(), None);
+        tokio::time::advance(STALLED * 2).await;
+        push(&to, 1, 1_000).await;
+        let rest = memory.try_acquire(memory.free()).expect("free");
+        let mut other = Box::pin(memory.acquire(1_500));
+        assert!(futures_util::poll!(&mut other).is_pending());
+        assert!(!to.is_stalled());
+        drop(rest);
     }
 }

@@ -77,6 +77,16 @@ async fn send(output: &Output, frame: Out) -> Result<(), End> {
     output.send(Ok(response(frame)), None).await.map_err(|_| End::Quiet)
 }
 
+/// Ends the session of a client that takes nothing while others wait for the memory that it holds.
+fn end_if_stalled(output: &Output) -> Result<(), End> {
+    if !output.is_stalled() {
+        return Ok(());
+    }
+    output.clear();
+    let seconds = outgoing::STALLED.as_secs();
+    Err(Refusal::from(ReadError::NotReading { seconds }).into())
+}
+
 async fn open(
     edge: &Arc<Edge>,
     input: &mut Streaming<v1::ReadSessionRequest>,
@@ -194,6 +204,7 @@ impl Session {
                 }
                 () = tokio::time::sleep_until(beat) => {
                     drop(changes);
+                    end_if_stalled(output)?;
                     let frame = v1::Heartbeat {
                         tails: self.tails(),
                         time_us: self.edge.broker.clock().now_us(),
@@ -268,11 +279,7 @@ impl Session {
                 () = super::drained(&mut draining) => return Err(self.go_away()),
                 () = tokio::time::sleep(IDLE) => {
                     self.forget_ahead();
-                    if output.is_stalled() {
-                        output.clear();
-                        let seconds = outgoing::STALLED.as_secs();
-                        return Err(Refusal::from(ReadError::NotReading { seconds }).into());
-                    }
+                    end_if_stalled(output)?;
                 }
             }
         }
@@ -287,6 +294,10 @@ impl Session {
 
     /// Batches are kept read ahead only while more than half of the memory is free.
     fn account_ahead(&mut self) {
+        let frugal = self.edge.read_memory.free() < self.edge.read_memory.limit() / 2;
+        for (_, reader) in &mut self.readers {
+            reader.set_frugal(frugal);
+        }
         let bytes: usize = self.readers.iter().map(|(_, r)| r.ahead_bytes()).sum();
         let held = self.ahead.as_ref().map_or(0, BytePermit::bytes);
         if bytes == 0 {

@@ -8,6 +8,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use crate::base::RetryClass;
 use crate::broker::error::{PublishError, ReadError, StreamError};
 use crate::control::AdminError;
+use crate::control::operations::OrderError;
 use crate::machine;
 use crate::wire::v1;
 
@@ -250,6 +251,29 @@ impl From<AdminError> for Refusal {
             message: e.to_string(),
             leader: None,
             actual: e.actual(),
+        }
+    }
+}
+
+impl From<OrderError> for Refusal {
+    fn from(e: OrderError) -> Self {
+        let code = match &e {
+            OrderError::Admin(admin) => return admin.clone().into(),
+            OrderError::Invalid(_) | OrderError::NoSuchShard { .. } => Code::InvalidArgument,
+            OrderError::NodeNotFound { .. } | OrderError::GroupNotFound { .. } => Code::NotFound,
+            OrderError::NoReplicaThere { .. }
+            | OrderError::ReplicaThere { .. }
+            | OrderError::Shared { .. }
+            | OrderError::HandOver { .. } => Code::FailedPrecondition,
+            OrderError::Leaderless { .. } | OrderError::NodeSilent { .. } => Code::Unavailable,
+        };
+        Self {
+            code,
+            reason: e.reason(),
+            retry: e.retry_class(),
+            message: e.to_string(),
+            leader: None,
+            actual: None,
         }
     }
 }

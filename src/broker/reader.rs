@@ -160,6 +160,8 @@ pub struct ShardReader {
     /// Batches read ahead, beginning with the one that holds `next`.
     ahead: VecDeque<Ahead>,
     fill_bytes: usize,
+    /// Read no more at a time than is needed.
+    frugal: bool,
 }
 
 impl ShardReader {
@@ -183,6 +185,7 @@ impl ShardReader {
             filters,
             ahead: VecDeque::new(),
             fill_bytes: FILL_BYTES,
+            frugal: false,
         }
     }
 
@@ -200,6 +203,11 @@ impl ShardReader {
     /// Gives the batches read ahead back; they are read again when they are wanted.
     pub fn forget_ahead(&mut self) {
         self.ahead = VecDeque::new();
+    }
+
+    /// From now on reads ahead, or not: who cannot keep what he reads would read it again and again.
+    pub fn set_frugal(&mut self, frugal: bool) {
+        self.frugal = frugal;
     }
 
     /// Whether a step would do anything but find the tail.
@@ -288,14 +296,15 @@ impl ShardReader {
         if !self.ahead.is_empty() {
             return Ok(());
         }
+        let fill_bytes = if self.frugal { FILL_BYTES_MIN } else { self.fill_bytes };
         match &self.source {
             Source::Here { shared, groups } => {
-                if let Some(recent) = shared.recent_from(self.next, self.fill_bytes) {
+                if let Some(recent) = shared.recent_from(self.next, fill_bytes) {
                     self.ahead = recent.into_iter().map(Ahead::from).collect();
                     return Ok(());
                 }
                 let state = groups.state().clone();
-                let (shard, from, bytes) = (shared.shard, self.next, self.fill_bytes);
+                let (shard, from, bytes) = (shared.shard, self.next, fill_bytes);
                 let read = tokio::task::spawn_blocking(move || state.read_batches(shard, from, bytes))
                     .await
                     .map_err(|e| ReadError::Storage(e.to_string()))?
@@ -303,7 +312,7 @@ impl ShardReader {
                 self.ahead = read.into_iter().map(Ahead::from).collect();
             }
             Source::There(remote) => {
-                let fetched = remote.fetch(self.next, self.fill_bytes).await?;
+                let fetched = remote.fetch(self.next, fill_bytes).await?;
                 let ahead = fetched.into_iter().map(|(batch, holes)| Ahead {
                     batch,
                     holes: Some(holes),

@@ -19,6 +19,8 @@ pub enum Exit {
     Unavailable = 4,
     /// A condition (`--expect-…`) did not hold.
     Expectation = 5,
+    /// The cluster is not healthy.
+    Unhealthy = 10,
 }
 
 /// Why a command failed.
@@ -134,6 +136,20 @@ fn hint(e: &ClientError) -> Option<String> {
         reason::STREAM_FULL => {
             "make room with `mainstem stream purge`, or raise the limits with `mainstem stream edit`"
         }
+        "NODE_NOT_FOUND" | "NO_REPLICA_THERE" => {
+            "`mainstem cluster nodes` lists the nodes, `mainstem shard ls` what they hold"
+        }
+        "NODE_HOLDS_REPLICAS" => "`mainstem node drain NODE` empties it first; --force removes it as it is",
+        "WOULD_BREAK_QUORUM" => {
+            "bring other nodes back first: `mainstem cluster health` shows what is missing; --accept-loss gives up what \
+             cannot be kept"
+        }
+        "NOT_ENOUGH_NODES" => {
+            "`mainstem cluster nodes` shows which nodes there are; add nodes, or ask for fewer replicas"
+        }
+        "GROUP_SHARED" => "--whole-group moves all of them",
+        "LEADERLESS" | "NO_QUORUM" => "`mainstem cluster health` shows which nodes are missing",
+        "HAND_OVER_FAILED" | "NODE_SILENT" => "`mainstem shard ls` shows who leads now and who could",
         "MESSAGE_IDS_FULL" => {
             "publish more slowly, or let the stream remember more: `mainstem stream edit NAME --duplicate-ids N`"
         }

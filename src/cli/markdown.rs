@@ -15,7 +15,8 @@ pub(super) fn reference(tree: &mut Command) -> String {
          | 0 | done |\n| 1 | failed |\n| 2 | called wrongly |\n| 3 | not found |\n\
          | 4 | unavailable: no server answered, or it cannot serve now |\n\
          | 5 | an expectation (`--expect-…`) did not hold |\n\
-         | 6 | the server found damaged data |\n\n\
+         | 6 | the server found damaged data |\n\
+         | 10 | the cluster is not healthy (`mainstem cluster health`) |\n\n\
          Durations are written like `250ms`, `10m`, `1h30m`; sizes like `512`, `64KiB`, `1GiB`; counts like `1000`, `10k`, `1M`.\n",
     );
     let commands: Vec<_> = visible(tree).collect();

@@ -1,14 +1,17 @@
 //! The command line. Uses the client only; `main.rs` adds the commands that run a server.
 
 mod bench;
+mod cluster;
 mod connect;
 mod context;
 mod failure;
 mod info;
 mod input;
 mod markdown;
+mod node;
 mod output;
 mod publish;
+mod shard;
 mod stream;
 mod subscribe;
 mod units;
@@ -32,6 +35,12 @@ pub enum Command {
     /// Read messages, and follow a stream
     #[command(visible_alias = "subscribe")]
     Sub(subscribe::SubArgs),
+    /// Look at the cluster: nodes, leaders, replicas, quorums, and what is on its way
+    Cluster(cluster::ClusterArgs),
+    /// Look at shards, and tell their leaders and replicas where to be
+    Shard(shard::ShardArgs),
+    /// Take nodes out of use, and back in
+    Node(node::NodeArgs),
     /// Measure publishing and reading
     Bench(bench::BenchArgs),
     /// Keep the addresses of clusters, so that they are typed once
@@ -71,6 +80,9 @@ fn execute(command: Command, globals: &Globals, mut tree: clap::Command) -> Resu
         Command::Pub(args) => block_on(args.run(globals)),
         Command::Sub(args) => block_on(args.run(globals)),
         Command::Bench(args) => block_on(args.run(globals)),
+        Command::Cluster(args) => block_on(args.run(globals)),
+        Command::Shard(args) => block_on(args.run(globals)),
+        Command::Node(args) => block_on(args.run(globals)),
         Command::Info(args) => block_on(args.run(globals)),
     }
 }

@@ -39,18 +39,18 @@ pub struct Purge {
 }
 
 /// A fresh id, by which the server knows a repeated request.
-fn request_id() -> String {
+pub(super) fn request_id() -> String {
     uuid::Uuid::new_v4().to_string()
 }
 
 impl Client {
-    fn request<T>(&self, message: T) -> Request<T> {
+    pub(super) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(self.connection.config.call_timeout);
         request
     }
 
-    fn namespace(&self) -> String {
+    pub(super) fn namespace(&self) -> String {
         self.connection.config.namespace.clone()
     }
 
@@ -367,6 +367,6 @@ fn streams(channel: Channel) -> StreamServiceClient<Channel> {
     StreamServiceClient::new(channel).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX)
 }
 
-fn required<T>(part: Option<T>) -> Result<T, ClientError> {
+pub(super) fn required<T>(part: Option<T>) -> Result<T, ClientError> {
     part.ok_or_else(|| ClientError::bad_answer("the server's answer lacks its main part"))
 }

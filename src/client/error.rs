@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 pub use crate::base::RetryClass;
-use crate::wire::v1;
+use crate::wire::{code_name, v1};
 
 /// The `google.rpc.ErrorInfo` domain of Mainstem's own errors.
 const DOMAIN: &str = "mainstem.dev";
@@ -241,25 +241,14 @@ fn root_cause(e: &(dyn std::error::Error + 'static)) -> String {
     last.to_string()
 }
 
+/// The word for a status of others: the code's own, but for those that have a reason of this client.
 fn grpc_word(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => reason::TIMED_OUT,
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => reason::CONNECTION_LOST,
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
+    if code == Code::DeadlineExceeded {
+        reason::TIMED_OUT
+    } else if code == Code::Unavailable {
+        reason::CONNECTION_LOST
+    } else {
+        code_name(code)
     }
 }
 

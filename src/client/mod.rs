@@ -20,6 +20,7 @@
 //! ```
 
 mod admin;
+mod cluster;
 mod config;
 mod connection;
 mod error;
@@ -34,6 +35,7 @@ use std::sync::Arc;
 use self::connection::Connection;
 
 pub use admin::Purge;
+pub use cluster::{ClusterEvents, Target};
 pub use config::{ClientConfig, DEFAULT_ADDRESS, TlsConfig};
 pub use error::{ClientError, RetryClass, reason};
 pub use message::{Expect, Message, StoredMessage};

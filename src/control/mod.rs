@@ -6,9 +6,11 @@ mod error;
 mod executor;
 pub mod membership;
 mod meta;
+pub mod operations;
 mod peers;
 pub mod placement;
 mod reconcile;
+pub mod reports;
 mod start;
 pub mod view;
 

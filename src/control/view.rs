@@ -211,7 +211,9 @@ impl View {
     pub fn meta_node(&self, replica: ReplicaId) -> Option<NodeId> {
         let inner = self.inner.read();
         let mut nodes = inner.nodes.iter();
-        nodes.find(|(_, node)| node.meta_replica_id == replica.get()).map(|(id, _)| *id)
+        nodes
+            .find(|(_, node)| node.meta_replica_id == replica.get())
+            .map(|(id, _)| *id)
     }
 
     /// The cluster as far as planning needs it; every node counts as live. `None`: there is no cluster yet.

@@ -19,6 +19,7 @@ use super::tls;
 use crate::base::Principal;
 use crate::base::budget::Held;
 use crate::base::metric_names as names;
+use crate::wire::code_name;
 
 /// The layer; one for a listener.
 #[derive(Clone)]
@@ -115,7 +116,7 @@ impl Observed {
         if !std::mem::replace(&mut self.ended, true) {
             let labels = [
                 ("method", self.method.label.clone()),
-                ("code", code_label(code).to_owned()),
+                ("code", code_name(code).to_owned()),
             ];
             metrics::counter!(names::API_REQUESTS_TOTAL, &labels).increment(1);
         }
@@ -127,28 +128,6 @@ impl Drop for Observed {
         // Nobody waited for the end: the client went away.
         self.end(Code::Cancelled);
         self.method.open.decrement(1.0);
-    }
-}
-
-fn code_label(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }
 

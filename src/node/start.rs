@@ -11,9 +11,10 @@ use tonic::service::Routes;
 use super::cluster::{self, ClusterNode};
 use super::config::{Addresses, Config};
 use super::engine::{Context, Engine, StartError};
-use crate::api::{self, Edge, ServerFacts};
+use crate::api::{self, Bounds, Edge, ServerFacts};
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
 use crate::broker::Broker;
+use crate::control::operations::Operations;
 use crate::control::view::View;
 use crate::control::{Control, MetaStart, NodeFacts};
 use crate::monitor::StatusSource;
@@ -193,14 +194,24 @@ impl Running {
             context.publish_memory.clone(),
             cluster.as_ref().map(|cluster| cluster.peers.clone()),
         );
+        let operations = Operations::start(
+            control,
+            groups.clone(),
+            store.clone(),
+            context.clock.clone(),
+            context.alarms.clone(),
+            &work,
+        );
         let edge = Edge::new(
             broker,
-            control,
+            operations,
             context.alarms.clone(),
             sessions.clone(),
             context.draining.clone(),
-            config.limits.sessions_max as usize,
-            context.read_memory.clone(),
+            Bounds {
+                sessions_max: config.limits.sessions_max as usize,
+                read_memory: context.read_memory.clone(),
+            },
             ServerFacts {
                 node_name: config.node.name.clone(),
                 node_id: identity.node_id.get(),

@@ -8,11 +8,12 @@ use parking_lot::RwLock;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
+use super::catalog::MetaObserver;
 use super::group::{Group, Origin, ProposeError, RaftTimings};
 use super::log_store::GroupLog;
 use super::purge::LogKeep;
 use super::shard::{RecentBudget, ShardDirectory};
-use super::state_machine::{GroupContext, GroupMachine, GroupMap, MetaObserver};
+use super::state_machine::{GroupContext, GroupMachine, GroupMap};
 use super::transport::{Peers, RaftHandle, Replicas};
 use super::watch::{self, GroupEvent};
 use crate::base::Tasks;
@@ -212,6 +213,11 @@ impl Groups {
         self.groups.read().values().cloned().collect()
     }
 
+    /// The other nodes; `None`: there are none.
+    pub fn peers(&self) -> Option<&Peers> {
+        self.options.peers.as_ref()
+    }
+
     /// The shards that have a replica here.
     pub fn directory(&self) -> &Arc<ShardDirectory> {
         &self.context.directory
@@ -238,22 +244,29 @@ impl Groups {
                     for shard in self.context.directory.all() {
                         shard.sweep_recent();
                     }
+                    // What others needed before may be needed no more; and what is asked of a group while it is at it
+                    // already is not done.
+                    self.purge_durable().await;
                 }
                 changed = flushed.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    for group in self.all() {
-                        let durable = self.context.state.durable_applied(group.id);
-                        let Some(durable) = durable.filter(|d| Some(d.get()) > group.log().purged().map(|id| id.index))
-                        else {
-                            continue;
-                        };
-                        if let Err(e) = group.purge_durable(durable).await {
-                            tracing::warn!(group = %group.id, error = %e, "the log could not be purged");
-                        }
-                    }
+                    self.purge_durable().await;
                 }
+            }
+        }
+    }
+
+    /// Lets every log drop what is durable in `state/` and nobody else needs.
+    async fn purge_durable(&self) {
+        for group in self.all() {
+            let durable = self.context.state.durable_applied(group.id);
+            let Some(durable) = durable.filter(|d| Some(d.get()) > group.log().purged().map(|id| id.index)) else {
+                continue;
+            };
+            if let Err(e) = group.purge_durable(durable).await {
+                tracing::warn!(group = %group.id, error = %e, "the log could not be purged");
             }
         }
     }

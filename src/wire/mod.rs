@@ -1,8 +1,11 @@
 //! Generated protocol code and its conversion to and from the model. Everything that comes off the wire is validated
 //! here before it reaches a layer above.
 
+mod code;
 mod convert_partition;
 pub mod spec;
+
+pub use code::code_name;
 
 #[allow(clippy::all, clippy::pedantic, missing_docs)]
 pub mod v1 {

@@ -50,16 +50,17 @@ async fn a_fourth_replica_learns_votes_and_the_first_one_goes() {
     lab.holds(new, GROUP, 0..60);
     let now = lab.leader(GROUP).await;
     assert_ne!(now, leader);
-    let report = lab.node(now).group(GROUP).report();
+    let group = lab.node(now).group(GROUP);
+    until("the report has every answer", || {
+        let replicas = group.report().replicas;
+        replicas.iter().all(|r| r.voter && r.lag == 0 && r.matched.is_some())
+    })
+    .await;
+    let report = group.report();
+    drop(group);
     assert_eq!(report.members.voters, voters);
     assert!(!report.members.joint && report.members.learners.is_empty());
     assert_eq!(report.replicas.len(), 3);
-    assert!(
-        report
-            .replicas
-            .iter()
-            .all(|r| r.voter && r.lag == 0 && r.matched.is_some())
-    );
     assert!(report.last_quorum_ack.is_some_and(|a| a < PATIENCE));
     assert_eq!(report.leader.leader, Some(replica(GROUP, now as u64 + 1)));
     // The group goes on without one of its new members.

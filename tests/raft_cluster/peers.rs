@@ -153,9 +153,9 @@ async fn an_emptied_disk_and_an_older_incarnation_are_refused() {
     let mut lab = Lab::new(2, Settings::default()).await;
     lab.found(GROUP, 2).await;
     lab.publish(GROUP, 0..3, 100).await;
-    // A new process pretends to be an earlier start of the same store.
+    // A new process pretends to be an earlier start of the same store. Its own start has raised the number by one.
     lab.kill(1).await;
-    lab.settings.tune = |config| config.identity.incarnation -= 1;
+    lab.settings.tune = |config| config.identity.incarnation -= 2;
     lab.start(1).await;
     let refused = reason(&lab, 0, 2).await;
     assert!(refused.contains("incarnation"), "{refused}");

@@ -11,6 +11,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use self::spec::{CreateArgs, EditArgs};
+use super::cluster::{groups_json, shard_table, shards_json};
 use super::connect::{Connect, Globals};
 use super::failure::{Exit, Failure};
 use super::output::{self, Format, FormatArg};
@@ -45,6 +46,13 @@ enum StreamCommand {
     },
     /// Show a stream, its limits and its shards
     Info {
+        /// The stream
+        name: String,
+        #[command(flatten)]
+        format: FormatArg,
+    },
+    /// Show the leaders, replicas and quorums of a stream's shards
+    Report {
         /// The stream
         name: String,
         #[command(flatten)]
@@ -102,7 +110,7 @@ enum StreamCommand {
 }
 
 /// Asks before something that cannot be undone, if there is somebody to ask.
-fn confirm(yes: bool, question: &str) -> Result<(), Failure> {
+pub(super) fn confirm(yes: bool, question: &str) -> Result<(), Failure> {
     if yes || !io::stdin().is_terminal() {
         return Ok(());
     }
@@ -162,6 +170,15 @@ impl StreamArgs {
                         output::data(show::describe(&stream).as_bytes())?;
                         output::line(show::shards(&stream))
                     }
+                }
+            }
+            StreamCommand::Report { name, format } => {
+                let report = client.cluster_report(Some(&name), Vec::new()).await?;
+                match format.format {
+                    Format::Json => output::json(&json!({
+                        "shards": shards_json(&report), "groups": groups_json(&report),
+                    })),
+                    Format::Table => output::line(shard_table(report.shards.iter(), &report)),
                 }
             }
             StreamCommand::Edit(args) => {

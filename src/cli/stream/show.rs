@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::cli::output;
 use crate::cli::units::{show_count, show_duration_us, show_size, show_time_us};
-use crate::client::proto::{DiscardPolicy, Partitioning, Stream, StreamState, partitioning::By};
+use crate::client::proto::{DiscardPolicy, Partitioning, Placement, Stream, StreamState, partitioning::By};
 
 fn state(stream: &Stream) -> &'static str {
     match stream.state() {
@@ -25,6 +25,17 @@ fn partitioning(p: Option<&Partitioning>) -> String {
             format!("tokens:{}", positions.join(","))
         }
     }
+}
+
+fn placement(placement: Option<&Placement>) -> String {
+    let Some(Placement { zones, tags }) = placement.filter(|p| !p.zones.is_empty() || !p.tags.is_empty()) else {
+        return "any node".to_owned();
+    };
+    let mut parts: Vec<_> = tags.iter().map(|(key, value)| format!("tag:{key}={value}")).collect();
+    if !zones.is_empty() {
+        parts.insert(0, format!("zone={}", zones.join(",")));
+    }
+    parts.join(" ")
 }
 
 fn total(stream: &Stream) -> (u64, u64) {
@@ -94,6 +105,7 @@ pub(super) fn describe(stream: &Stream) -> String {
             format!("{}, by {}", spec.shards, partitioning(spec.partitioning.as_ref())),
         ),
         ("replicas", spec.replicas.to_string()),
+        ("placement", placement(spec.placement.as_ref())),
         ("messages", show_count(messages)),
         ("size", show_size(bytes)),
         (
@@ -159,7 +171,10 @@ pub(super) fn shards(stream: &Stream) -> Table {
         let replicas: Vec<_> = shard
             .replicas
             .iter()
-            .map(|r| format!("node {} {}{}", r.node_id, r.state, lag(r.lag_entries)))
+            .map(|r| {
+                let star = if r.leader { "*" } else { "" };
+                format!("n{}{star} {}{}", r.node_id, r.state, lag(r.lag_entries))
+            })
             .collect();
         table.add_row([
             shard.index.to_string(),
@@ -169,7 +184,7 @@ pub(super) fn shards(stream: &Stream) -> Table {
             show_size(shard.bytes),
             shard
                 .leader_node
-                .map(|n| format!("node {n} (term {})", shard.term))
+                .map(|n| format!("n{n} (term {})", shard.term))
                 .unwrap_or_else(|| "none".to_owned()),
             replicas.join(", "),
             shard.last_time_us.map(show_time_us).unwrap_or_default(),
@@ -224,6 +239,7 @@ pub(super) fn json(stream: &Stream) -> Value {
         "subjects": spec.subjects,
         "partition_by": partitioning(spec.partitioning.as_ref()),
         "replicas": spec.replicas,
+        "placement": spec.placement.as_ref().map(|p| json!({ "zones": p.zones, "tags": p.tags })),
         "dedicated": spec.dedicated,
         "limits": {
             "max_age_us": limits.max_age_us,

@@ -8,7 +8,7 @@ use super::micros;
 use crate::cli::failure::Failure;
 use crate::cli::output::{Format, FormatArg};
 use crate::cli::units;
-use crate::client::proto::{self, DiscardPolicy, Limits, Partitioning, StreamSpec, partitioning::By};
+use crate::client::proto::{self, DiscardPolicy, Limits, Partitioning, Placement, StreamSpec, partitioning::By};
 
 /// What can be changed later.
 #[derive(Debug, Default, Args)]
@@ -43,6 +43,30 @@ struct Settings {
     /// A pair of free text; can be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
+    /// Which nodes may hold its replicas: `zone=a,b` or `tag:KEY=VALUE`; can be repeated; `any`: all nodes
+    #[arg(long, value_name = "WHERE", value_parser = placement)]
+    placement: Vec<Where>,
+}
+
+/// A part of a placement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Where {
+    Any,
+    Zones(Vec<String>),
+    Tag(String, String),
+}
+
+fn placement(text: &str) -> Result<Where, String> {
+    let bad = || format!("`{text}` is none of: zone=NAME[,NAME]…, tag:KEY=VALUE, any");
+    if text == "any" {
+        return Ok(Where::Any);
+    }
+    let (key, value) = text.split_once('=').ok_or_else(bad)?;
+    match key.strip_prefix("tag:") {
+        Some(tag) if !tag.is_empty() => Ok(Where::Tag(tag.to_owned(), value.to_owned())),
+        None if key == "zone" => Ok(Where::Zones(value.split(',').map(|z| z.trim().to_owned()).collect())),
+        Some(_) | None => Err(bad()),
+    }
 }
 
 /// Create a stream; creating the identical one again succeeds
@@ -55,7 +79,7 @@ pub(super) struct CreateArgs {
     /// Number of shards, the units of order; cannot be changed
     #[arg(long, value_name = "N", default_value_t = 1)]
     shards: u32,
-    /// Replicas of each shard
+    /// Replicas of each shard, 1 to 7
     #[arg(long, value_name = "N", default_value_t = 1)]
     replicas: u32,
     /// What decides a message's shard: `subject`, `key`, or tokens of the subject, e.g. `tokens:1,3`; cannot be changed
@@ -75,6 +99,9 @@ pub(super) struct EditArgs {
     name: String,
     #[command(flatten)]
     settings: Settings,
+    /// Replicas of each shard; messages are taken all the while
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=7))]
+    replicas: Option<u32>,
     /// Only if the stream has this revision
     #[arg(long, value_name = "REVISION")]
     expected_revision: Option<u64>,
@@ -196,6 +223,19 @@ impl Settings {
             named("metadata");
             spec.metadata = self.metadata.into_iter().collect();
         }
+        if !self.placement.is_empty() {
+            named("placement");
+            let mut placement = Placement::default();
+            for part in self.placement {
+                match part {
+                    // Empty is any.
+                    Where::Any => {}
+                    Where::Zones(zones) => placement.zones.extend(zones),
+                    Where::Tag(key, value) => drop(placement.tags.insert(key, value)),
+                }
+            }
+            spec.placement = Some(placement);
+        }
         spec.limits = Some(limits);
         Ok((spec, paths))
     }
@@ -217,7 +257,11 @@ impl CreateArgs {
 
 impl EditArgs {
     pub(super) fn change(self) -> Result<(StreamSpec, Vec<String>, Option<u64>, Format), Failure> {
-        let (spec, paths) = self.settings.read(self.name)?;
+        let (mut spec, mut paths) = self.settings.read(self.name)?;
+        if let Some(replicas) = self.replicas {
+            spec.replicas = replicas;
+            paths.push("replicas".to_owned());
+        }
         if paths.is_empty() {
             return Err(Failure::usage("nothing to change is named").hint("for instance --max-age 7days"));
         }
@@ -250,6 +294,26 @@ mod tests {
         assert_eq!(limits.discard(), DiscardPolicy::New);
         assert_eq!((spec.metadata["a"].as_str(), revision), ("b", None));
         assert!(Edit::try_parse_from(["edit", "s"]).unwrap().args.change().is_err());
+    }
+
+    #[test]
+    fn replicas_and_placements() {
+        let line = "edit s --replicas 5 --placement zone=a,b --placement tag:disk=ssd";
+        let (spec, paths, _, _) = Edit::try_parse_from(line.split(' ')).unwrap().args.change().unwrap();
+        assert_eq!(paths, ["placement", "replicas"]);
+        let placement = spec.placement.unwrap();
+        assert_eq!(
+            (placement.zones, spec.replicas),
+            (vec!["a".to_owned(), "b".to_owned()], 5)
+        );
+        assert_eq!(placement.tags["disk"], "ssd");
+        assert_eq!(placement_of("any"), Ok(Where::Any));
+        assert!(placement_of("a,b").is_err() && placement_of("tag:=x").is_err());
+        assert!(Edit::try_parse_from(["edit", "s", "--replicas", "8"]).is_err());
+    }
+
+    fn placement_of(text: &str) -> Result<Where, String> {
+        placement(text)
     }
 
     #[test]

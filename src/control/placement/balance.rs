@@ -12,6 +12,8 @@ use crate::wire::internal::v1::ChangeReason;
 const UNEVEN_MIN: u32 = 2;
 /// … or by this part of their mean, if that is more.
 const UNEVEN_PART: u32 = 10;
+/// Pairs of nodes that are looked at for one move, the most uneven first.
+const PAIRS_MAX: usize = 64;
 
 impl Planner<'_> {
     pub(super) fn plan_balance(&mut self) {
@@ -42,7 +44,7 @@ impl Planner<'_> {
     fn spread(&mut self) {
         let view = self.view;
         for group in view.groups.values() {
-            if self.busy.contains(&group.id) {
+            if self.is_taken(group.id) {
                 continue;
             }
             let full = self.full();
@@ -53,7 +55,7 @@ impl Planner<'_> {
                 if here == 0 {
                     continue;
                 }
-                let mut exclude = full.clone();
+                let mut exclude = self.excluded(group);
                 exclude.insert(replica.node, "it gives its replica away".into());
                 let request = Request {
                     replicas: 1,
@@ -107,24 +109,33 @@ impl Planner<'_> {
         let mut pairs = Vec::new();
         for (most, from) in nodes.iter().rev() {
             for (least, to) in nodes.iter().take_while(|(least, _)| least + uneven < *most) {
-                pairs.push((*from, *to, *most, *least));
+                pairs.push((std::cmp::Reverse(most - least), *from, *to, *most, *least));
             }
         }
+        pairs.sort_unstable();
+        pairs.truncate(PAIRS_MAX);
         let view = self.view;
-        for (from, to, most, least) in pairs {
-            let fits = |group: &&GroupShape| !self.busy.contains(&group.id) && self.may_move(group, from, to);
+        let mut on: BTreeMap<NodeId, Vec<&GroupShape>> = BTreeMap::new();
+        for group in view.groups.values().filter(|group| !self.is_taken(group.id)) {
+            for replica in group.voters() {
+                on.entry(replica.node).or_default().push(group);
+            }
+        }
+        for (_, from, to, most, least) in pairs {
+            let here = on.get(&from).map_or(&[][..], Vec::as_slice);
+            let fits = |group: &&&GroupShape| self.may_move(group, from, to);
             // One that does not lead there is moved without a hand-over.
-            let leads = |group: &&GroupShape| {
+            let leads = |group: &GroupShape| {
                 let leader = self.reports.groups.get(&group.id).map(|report| report.leader);
                 group
                     .voters()
                     .any(|replica| replica.node == from && Some(replica.id) == leader)
             };
-            let Some(group) = view
-                .groups
-                .values()
+            let Some(group) = here
+                .iter()
                 .filter(fits)
                 .min_by_key(|group| (leads(group), group.id))
+                .copied()
             else {
                 continue;
             };
@@ -160,7 +171,11 @@ impl Planner<'_> {
             .nodes
             .get(&to)
             .is_some_and(|node| node.allowed_by(group.placement.as_ref()).is_ok());
-        if !allowed || group.nodes_after().any(|node| node == to) || self.standing(group).obstacle().is_some() {
+        if !allowed
+            || group.leaving.contains(&to)
+            || group.nodes_after().any(|node| node == to)
+            || self.standing(group).obstacle().is_some()
+        {
             return false;
         }
         let zones = self.zones_without(group, replica);

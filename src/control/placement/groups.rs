@@ -61,9 +61,8 @@ impl Planner<'_> {
             .map(|replica| {
                 let damaged = self.reports.is_damaged(replica.node, replica.id);
                 live += usize::from(self.is_live(replica.node) && !damaged);
-                let node = self.nodes.get(&replica.node);
-                let fate = match node {
-                    _ if damaged || self.gone.contains(&replica.node) => Fate::Lost,
+                let lost = damaged || self.gone.contains(&replica.node);
+                let fate = match self.nodes.get(&replica.node).filter(|_| !lost) {
                     None => Fate::Lost,
                     Some(node) if node.state == NodeState::Draining => Fate::Drained,
                     Some(node) if node.allowed_by(group.placement.as_ref()).is_err() => Fate::Misplaced,
@@ -90,12 +89,17 @@ impl Planner<'_> {
         let passes: [fn(&mut Self, &Standing<'_>) -> bool; 3] = [Self::heal, Self::scale, Self::relocate];
         for pass in passes {
             for group in view.groups.values() {
-                if self.busy.contains(&group.id) {
+                if self.is_taken(group.id) {
                     continue;
                 }
                 let standing = self.standing(group);
+                let before = self.actions.len();
                 if pass(self, &standing) {
-                    self.busy.insert(group.id);
+                    let ready = self.actions[before..].iter().any(|action| action.blocked.is_none());
+                    match ready {
+                        true => self.busy.insert(group.id),
+                        false => self.held.insert(group.id),
+                    };
                 }
             }
         }
@@ -144,7 +148,7 @@ impl Planner<'_> {
             .collect();
         let why = format!("{} lost: {}", lost.len(), names.join(", "));
         let needed = wanted.saturating_sub(remain);
-        let full = self.full();
+        let full = self.excluded(group);
         // A damaged replica's successor goes where it was, so that the spread stays.
         let mut add: Vec<NodeId> = lost
             .iter()
@@ -191,7 +195,7 @@ impl Planner<'_> {
                     replicas: (wanted - now) as u32,
                     holding: standing.group.nodes_after().collect(),
                     placement: standing.group.placement.as_ref(),
-                    exclude: self.full(),
+                    exclude: self.excluded(standing.group),
                 },
             );
             let text = choice.to_string();
@@ -245,9 +249,9 @@ impl Planner<'_> {
             .filter(|(_, found)| *found == fate)
             .map(|(replica, _)| self.name(replica.node))
             .collect();
-        let why = match reason {
-            ChangeReason::Drain => format!("{} is drained", names.join(", ")),
-            _ => format!("{} is not where its stream may be", names.join(", ")),
+        let why = match reason == ChangeReason::Drain {
+            true => format!("{} is drained", names.join(", ")),
+            false => format!("{} is not where its stream may be", names.join(", ")),
         };
         let full = self.full();
         // A slot of each node that gives one away, too.
@@ -274,7 +278,7 @@ impl Planner<'_> {
             .filter(|(replica, _)| !leaving.contains(&replica.id))
             .map(|(replica, _)| replica.node)
             .collect();
-        let mut exclude = full;
+        let mut exclude = self.excluded(standing.group);
         for id in &leaving {
             if let Some(replica) = standing.group.replica(*id) {
                 exclude.insert(replica.node, "it gives its replica away".into());
@@ -317,9 +321,9 @@ impl Planner<'_> {
         if let Some(leader) = standing.leader.filter(|leader| remove.contains(leader)) {
             // For balance alone no leader moves: that would be undone by the balance of leaders. Its successor comes first,
             // and the one too many goes afterwards.
-            let successor = match reason {
-                ChangeReason::Balance => None,
-                _ => self.successor(standing.group, leader, &remove),
+            let successor = match reason == ChangeReason::Balance {
+                true => None,
+                false => self.successor(standing.group, leader, &remove),
             };
             match successor {
                 Some(to) => {

@@ -10,6 +10,11 @@ use crate::model::{GroupId, NodeId, ReplicaId};
 /// Hand-overs for balance in one plan.
 const TRANSFERS_MAX: usize = 16;
 
+/// A group, who leads it, who would.
+type HandOver = (GroupId, ReplicaId, ReplicaId);
+/// What could be handed over from one node to another.
+type Edges = BTreeMap<NodeId, BTreeMap<NodeId, Vec<HandOver>>>;
+
 impl Planner<'_> {
     /// The voter that should lead instead: live, current, on an active node, where the fewest lead.
     pub(super) fn successor(&self, group: &GroupShape, leader: ReplicaId, except: &[ReplicaId]) -> Option<ReplicaId> {
@@ -82,8 +87,7 @@ impl Planner<'_> {
     /// sum of squares smaller, so it comes to an end.
     fn balance_leaders(&mut self) {
         let view = self.view;
-        // From node to node: groups that could be handed over so, each with who leads and who would.
-        let mut edges: BTreeMap<NodeId, BTreeMap<NodeId, Vec<(GroupId, ReplicaId, ReplicaId)>>> = BTreeMap::new();
+        let mut edges = Edges::new();
         for group in view.groups.values().filter(|group| !self.busy.contains(&group.id)) {
             let Some((leader, from)) = self.leader_of(group) else {
                 continue;
@@ -118,16 +122,12 @@ impl Planner<'_> {
     }
 
     /// Hand-overs that take one leader from a node to another that has at least two fewer.
-    fn leader_path(
-        &self,
-        edges: &BTreeMap<NodeId, BTreeMap<NodeId, Vec<(GroupId, ReplicaId, ReplicaId)>>>,
-        moved: &BTreeSet<GroupId>,
-    ) -> Option<Vec<(GroupId, ReplicaId, ReplicaId)>> {
+    fn leader_path(&self, edges: &Edges, moved: &BTreeSet<GroupId>) -> Option<Vec<HandOver>> {
         let leaders = |id: &NodeId| self.nodes.get(id).map_or(0, |node| node.leaders);
         let mut starts: Vec<NodeId> = edges.keys().copied().collect();
         starts.sort_by_key(|id| (std::cmp::Reverse(leaders(id)), *id));
         for start in starts {
-            let mut came: BTreeMap<NodeId, (NodeId, (GroupId, ReplicaId, ReplicaId))> = BTreeMap::new();
+            let mut came: BTreeMap<NodeId, (NodeId, HandOver)> = BTreeMap::new();
             let mut todo = VecDeque::from([start]);
             let mut best: Option<(u32, usize, NodeId)> = None;
             let mut reached = 0;

@@ -132,16 +132,18 @@ impl Planner<'_> {
         bad.sort_by_key(|node| (!self.is_live(*node), self.gone.contains(node), *node));
         set.extend(bad.iter().take(size - set.len()));
         let mut why = format!("{} of the {size} voters there should be", good.len());
-        if set.iter().all(|node| now.contains(&of(node))) && chosen.is_empty() && bad.is_empty() {
-            if let Some((from, to)) = self.better_spread(&set, replicas) {
-                set.retain(|node| *node != from);
-                set.push(to);
-                why = format!(
-                    "zone {:?} has several voters, {:?} fewer",
-                    self.meta_zone(from),
-                    self.meta_zone(to)
-                );
-            }
+        if set.iter().all(|node| now.contains(&of(node)))
+            && chosen.is_empty()
+            && bad.is_empty()
+            && let Some((from, to)) = self.better_spread(&set, replicas)
+        {
+            set.retain(|node| *node != from);
+            set.push(to);
+            why = format!(
+                "zone {:?} has several voters, {:?} fewer",
+                self.meta_zone(from),
+                self.meta_zone(to)
+            );
         }
         (set.iter().map(&of).collect(), why)
     }

@@ -46,8 +46,10 @@ struct Planner<'a> {
     gone: BTreeSet<NodeId>,
     /// Replicas that come to or leave each node.
     moving: BTreeMap<NodeId, u32>,
-    /// Groups for which something is under way, decided, or blocked.
+    /// Groups for which something is under way or decided.
     busy: BTreeSet<GroupId>,
+    /// Groups that need something that cannot be had now. Who leads them may still change.
+    held: BTreeSet<GroupId>,
     /// Some replica is on its way, or must go somewhere.
     restless: bool,
     actions: Vec<Action>,
@@ -85,7 +87,9 @@ impl<'a> Planner<'a> {
             }
             if let Some(change) = &group.change {
                 busy.insert(group.id);
-                for id in change.add.iter().chain(&change.remove) {
+                // What a group without a leader is at does not go on, and takes nobody's slot.
+                let goes_on = reports.groups.contains_key(&group.id);
+                for id in change.add.iter().chain(&change.remove).filter(|_| goes_on) {
                     if let Some(replica) = group.replica(*id) {
                         *moving.entry(replica.node).or_default() += 1;
                     }
@@ -96,15 +100,22 @@ impl<'a> Planner<'a> {
             busy.extend([moving.from, moving.to]);
         }
         Self {
-            restless: !busy.is_empty(),
+            // Nor does it keep the others waiting.
+            restless: busy.iter().any(|group| reports.groups.contains_key(group)),
             view,
             reports,
             nodes,
             gone,
             moving,
             busy,
+            held: BTreeSet::new(),
             actions: Vec::new(),
         }
+    }
+
+    /// Whether nothing more can be decided for a group's replicas now.
+    fn is_taken(&self, group: GroupId) -> bool {
+        self.busy.contains(&group) || self.held.contains(&group)
     }
 
     fn is_live(&self, node: NodeId) -> bool {
@@ -143,6 +154,14 @@ impl<'a> Planner<'a> {
             why,
             blocked: Some(blocked),
         });
+    }
+
+    /// Nodes that cannot take a replica of the group now, whatever it wants.
+    fn excluded(&self, group: &GroupShape) -> BTreeMap<NodeId, String> {
+        let leaving = group.leaving.iter();
+        let mut excluded = self.full();
+        excluded.extend(leaving.map(|id| (*id, "its former replica of the group is not yet set aside".to_string())));
+        excluded
     }
 
     /// Nodes that have as many replicas on their way as they may.

@@ -13,14 +13,9 @@ impl Planner<'_> {
     pub(super) fn plan_moves(&mut self) {
         let view = self.view;
         for moving in &view.moves {
-            let why = match moving.record.reason() {
-                ChangeReason::Scale => "its stream wants other replicas than its group has".to_string(),
-                reason => format!(
-                    "on its way from {} to {} ({})",
-                    moving.from,
-                    moving.to,
-                    reason.as_str_name()
-                ),
+            let why = match moving.record.reason() == ChangeReason::Scale {
+                true => "its stream wants other replicas than its group has".to_string(),
+                false => format!("on its way from {} to {}", moving.from, moving.to),
             };
             let (step, blocked) = self.next_step(moving);
             match blocked {
@@ -41,7 +36,7 @@ impl Planner<'_> {
                     move_id,
                     from,
                     to,
-                    seal: seal.clone(),
+                    seal: *seal,
                 };
                 (step, self.no_leader(to))
             }

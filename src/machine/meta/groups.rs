@@ -264,10 +264,11 @@ impl MetaMachine {
                 });
             };
             fresh(&group, membership)?;
-            // Without the learners no leader, however late, can make voters of them.
+            // An entry later than any joint change that an earlier leader may have left behind; and without the learners no
+            // leader, however late, can make voters of them.
             let unchanged = set(&membership.voters) == voters(&group);
             let learners_gone = !membership.learners.iter().any(|id| change.add.contains(id));
-            if !unchanged || !learners_gone || change.add.is_empty() {
+            if !unchanged || !learners_gone {
                 return Err(bad(
                     "the membership told does not show that the change cannot happen any more",
                 ));

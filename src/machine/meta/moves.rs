@@ -68,16 +68,15 @@ impl MetaMachine {
         move_id: u64,
     ) -> Result<(pb::StreamRecord, usize, pb::ShardMove), MetaRefusal> {
         let (stream, at) = self.shard_of(stream_id, shard_id)?;
-        match &stream.shards[at].moving {
-            Some(moving) if moving.move_id == move_id => {
-                let moving = moving.clone();
-                Ok((stream, at, moving))
-            }
-            other => Err(MetaRefusal::StaleEpoch {
+        let found = stream.shards[at].moving;
+        let actual = found.as_ref().map_or(0, |moving| moving.move_id);
+        let moving = found
+            .filter(|_| actual == move_id)
+            .ok_or_else(|| MetaRefusal::StaleEpoch {
                 what: format!("the move of shard {shard_id}"),
-                actual: other.as_ref().map_or(0, |moving| moving.move_id),
-            }),
-        }
+                actual,
+            })?;
+        Ok((stream, at, moving))
     }
 
     fn put_move(
@@ -185,7 +184,7 @@ impl MetaMachine {
             }
         }
         moving.step = MoveStep::Sealed as i32;
-        moving.seal = Some(seal.clone());
+        moving.seal = Some(*seal);
         self.raise_log_floor(sink, moving.from_group, seal.index)?;
         let stream = self.put_move(sink, stream, at, Some(moving));
         self.raise_revision(sink);

@@ -46,15 +46,26 @@ impl MetaMachine {
     }
 
     pub(super) fn register_node(&mut self, sink: &mut dyn ShardSink, time_us: u64, node: &pb::RegisterNode) -> Outcome {
+        // What it does not tell stays as it is.
+        let known = self
+            .nodes
+            .get(&NodeId::new(node.node_id))
+            .map(|known| (**known).clone());
+        let known = known.unwrap_or_default();
         self.join_node(
             sink,
             time_us,
             &pb::JoinNode {
                 node_id: node.node_id,
                 name: node.name.clone(),
+                store_id: known.store_id,
                 incarnation: node.incarnation,
+                peer_address: known.peer_address,
                 client_address: node.client_address.clone(),
-                ..pb::JoinNode::default()
+                zone: known.zone,
+                tags: known.tags,
+                cluster_version_max: known.cluster_version_max,
+                binary_version: known.binary_version,
             },
         )
     }
@@ -409,7 +420,7 @@ impl MetaMachine {
             }
             settings.moves_per_node_max = moves;
         }
-        if known.settings.clone().unwrap_or_default() == *settings {
+        if known.settings.unwrap_or_default() == *settings {
             return Ok(MetaOutcome::ClusterChanged(known.clone()));
         }
         Ok(MetaOutcome::ClusterChanged(self.put_cluster(sink, cluster)))

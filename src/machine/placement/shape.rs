@@ -86,6 +86,8 @@ pub struct GroupShape {
     pub change: Option<ChangeShape>,
     pub shards: u32,
     pub log_floor: u64,
+    /// Nodes that have not yet confirmed that their former replica of the group is gone: they cannot take another.
+    pub leaving: BTreeSet<NodeId>,
 }
 
 impl GroupShape {
@@ -117,6 +119,11 @@ impl GroupShape {
             }),
             shards: record.shards,
             log_floor: record.log_floor,
+            leaving: record
+                .removed
+                .iter()
+                .map(|replica| NodeId::new(replica.node_id))
+                .collect(),
             replicas,
         }
     }
@@ -290,7 +297,7 @@ impl ClusterShape {
                     shard,
                     from: GroupId::new(record.from_group),
                     to: GroupId::new(record.to_group),
-                    record: record.clone(),
+                    record: *record,
                 });
                 continue;
             }

@@ -386,8 +386,8 @@ impl ShardMachine {
             last_time_us: self.last_time.get(),
             clock_us: self.clock.get(),
             first_time_us: self.first_time.map(TimeUs::get),
-            seal: self.seal.clone(),
-            origin: self.origin.clone(),
+            seal: self.seal,
+            origin: self.origin,
         }
     }
 }

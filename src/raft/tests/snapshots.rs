@@ -1,6 +1,5 @@
 //! Installing a snapshot: traps B and E, and what a crash in between leaves.
 
-use openraft::storage::{RaftLogStorage, RaftStateMachine};
 use openraft::{EntryPayload, RaftLogReader, RaftSnapshotBuilder, Snapshot};
 
 use super::super::load;

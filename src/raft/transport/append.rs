@@ -41,6 +41,8 @@ struct Waiting {
 
 struct Appending<S> {
     stream: AppendStream,
+    /// Goes before the input.
+    first: Option<AppendEntriesRequest<Mainstem>>,
     input: S,
     input_ended: bool,
     waiting: Option<Waiting>,
@@ -50,13 +52,19 @@ struct Appending<S> {
     quiet_since: Instant,
 }
 
-/// The answers to `input`, in order. Ends with the input, after an answer that ends the stream, or after an error.
-pub(super) fn append<S>(stream: AppendStream, input: S) -> impl Stream<Item = Answer> + Send
+/// The answers to `first` and then `input`, in order. Ends with the input, after an answer that ends the stream, or after
+/// an error.
+pub(super) fn append<S>(
+    stream: AppendStream,
+    first: AppendEntriesRequest<Mainstem>,
+    input: S,
+) -> impl Stream<Item = Answer> + Send
 where
     S: Stream<Item = AppendEntriesRequest<Mainstem>> + Send + Unpin + 'static,
 {
     let state = Appending {
         stream,
+        first: Some(first),
         input,
         input_ended: false,
         waiting: None,
@@ -87,6 +95,11 @@ where
     }
 
     async fn next(mut self) -> Option<(Answer, Option<Self>)> {
+        if let Some(first) = self.first.take()
+            && let Err(reason) = self.take(&first)
+        {
+            return Some((Err(unreachable(reason)), None));
+        }
         loop {
             if self.input_ended && self.idle() {
                 return None;

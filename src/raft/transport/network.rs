@@ -210,9 +210,23 @@ impl NetStreamAppend<Mainstem> for PeerConnection {
                 let one: BoxStream<'s, _> = Box::pin(futures_util::stream::iter([Ok(result)]));
                 return Ok(one);
             }
-            let session = self.session(&option).await?;
-            let stream = session.open(self.group, self.to).map_err(unreachable)?;
-            let answers: BoxStream<'s, _> = Box::pin(append(stream, input));
+            // The first request is taken before anything is looked for: openraft's pause after an error is within it.
+            let begin = async move {
+                let first = input.next().await?;
+                let opened = match self.session(&option).await {
+                    Ok(session) => session.open(self.group, self.to).map_err(unreachable),
+                    Err(e) => Err(e),
+                };
+                Some(match opened {
+                    Ok(stream) => append(stream, first, input).left_stream(),
+                    Err(e) => futures_util::stream::iter([Err(e)]).right_stream(),
+                })
+            };
+            let answers: BoxStream<'s, _> = Box::pin(
+                futures_util::stream::once(begin)
+                    .filter_map(std::future::ready)
+                    .flatten(),
+            );
             Ok(answers)
         })
     }
