@@ -163,6 +163,30 @@ impl Groups {
         Ok(group)
     }
 
+    /// Whether a replica of the group has run here: its log is not empty.
+    pub fn has_log(&self, id: GroupId) -> bool {
+        self.log.meta(id).is_ok_and(|meta| meta.last.is_some())
+    }
+
+    /// Ends a replica that was removed from its group for good and sets its log aside: nothing of it is listed or written
+    /// any more, and nothing is removed. The group cannot come back to this node.
+    pub async fn set_aside(&self, id: GroupId) {
+        self.stop(id).await;
+        if !self.is_aside(id) {
+            self.log.drop_group(id);
+        }
+        for shard in self.directory().all() {
+            if shard.group == id {
+                self.directory().remove(shard.shard);
+            }
+        }
+    }
+
+    /// Whether the group's log was set aside.
+    pub fn is_aside(&self, id: GroupId) -> bool {
+        self.log.meta(id).is_ok_and(|meta| meta.quarantined)
+    }
+
     /// Ends a replica; its data stays. True if there was one.
     pub async fn stop(&self, id: GroupId) -> bool {
         let _changing = self.changing.lock().await;
