@@ -113,11 +113,11 @@ impl Planner<'_> {
             } else {
                 self.standing(group).obstacle()
             };
-            self.restless = true;
             match blocked {
                 Some(blocked) => self.blocked(step, why, blocked),
                 None => {
                     under_way += 1;
+                    self.restless = true;
                     self.busy.insert(group.id);
                     self.act(step, why);
                 }
