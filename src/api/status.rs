@@ -235,7 +235,15 @@ impl From<AdminError> for Refusal {
                 AdminError::NotFound { .. } => Code::NotFound,
                 AdminError::Refused(refusal) => meta_code(refusal),
                 AdminError::Propose(crate::raft::ProposeError::Unknown { .. }) => Code::Unknown,
-                AdminError::Propose(_) | AdminError::NotReady(_) | AdminError::Stopping => Code::Unavailable,
+                AdminError::Peer {
+                    retry: RetryClass::MayHaveHappened,
+                    ..
+                } => Code::Unknown,
+                AdminError::Propose(_)
+                | AdminError::NotReady(_)
+                | AdminError::NoQuorum(_)
+                | AdminError::Peer { .. }
+                | AdminError::Stopping => Code::Unavailable,
                 AdminError::Timeout(_) => Code::DeadlineExceeded,
             },
             reason: e.reason(),

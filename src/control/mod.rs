@@ -1,10 +1,17 @@
 //! The control plane: the meta group, the view of it, and the reconciler that makes what the meta group says true on
 //! this node.
 
+mod encode;
+mod error;
+mod executor;
+pub mod membership;
+mod meta;
 pub mod operations;
+mod peers;
 pub mod placement;
 mod reconcile;
 pub mod reports;
+mod start;
 pub mod view;
 
 use std::sync::Arc;
@@ -12,84 +19,26 @@ use std::time::Duration;
 
 use prost::Message;
 
-use crate::base::RetryClass;
 use crate::base::alarms::Alarms;
 use crate::base::clock::Clock;
-use crate::base::tasks::Tasks;
 use crate::machine::meta::remembered;
 use crate::machine::port::MetaKind;
 use crate::machine::{GroupOutcome, MetaOutcome, MetaRefusal};
-use crate::model::{GroupId, NodeId, ReplicaId, Revision, Sequence, ShardId};
+use crate::model::{GroupId, Revision, Sequence, ShardId};
+use crate::raft::transport::Peers;
 use crate::raft::{Applied, Group, Groups, ProposeError};
 use crate::wire::{internal as pb, spec, v1};
 
+pub use error::AdminError;
+use executor::{Liveness, Orders};
+pub use peers::HintsKeeper;
+pub use start::{MetaStart, NodeFacts};
 use view::{StreamView, View};
 
 /// How long an admin call waits for its effect to be in place everywhere it must be.
 const SETTLE: Duration = Duration::from_secs(10);
 /// How long a removed stream is kept unless the call says otherwise.
 pub const GRACE_DEFAULT_US: u64 = 3_600_000_000;
-/// How long a node waits for a group at its start.
-const START: Duration = Duration::from_secs(30);
-
-/// Why an admin call did not do what it was asked.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum AdminError {
-    #[error("{0}")]
-    Invalid(String),
-    #[error("there is no stream {name:?} in namespace {namespace:?}; `mainstem stream ls` shows those there are")]
-    NotFound { namespace: String, name: String },
-    #[error("{0}")]
-    Refused(MetaRefusal),
-    #[error(transparent)]
-    Propose(#[from] ProposeError),
-    #[error("the cluster's metadata is not ready on this node: {0}")]
-    NotReady(String),
-    #[error("{0}")]
-    Timeout(String),
-    #[error("the node is stopping")]
-    Stopping,
-}
-
-impl AdminError {
-    pub fn reason(&self) -> &'static str {
-        match self {
-            AdminError::Invalid(_) => "BAD_SPEC",
-            AdminError::NotFound { .. } => "STREAM_NOT_FOUND",
-            AdminError::Refused(refusal) => refusal.reason(),
-            AdminError::Propose(ProposeError::NotLeader { .. }) => "NOT_LEADER",
-            AdminError::Propose(ProposeError::Stopped { .. }) => "GROUP_STOPPED",
-            AdminError::Propose(ProposeError::Unknown { .. }) => "OUTCOME_UNKNOWN",
-            AdminError::NotReady(_) => "NOT_READY",
-            AdminError::Timeout(_) => "NOT_SETTLED",
-            AdminError::Stopping => "STOPPING",
-        }
-    }
-
-    pub fn retry_class(&self) -> RetryClass {
-        match self {
-            AdminError::Invalid(_) | AdminError::NotFound { .. } => RetryClass::CannotWork,
-            AdminError::Refused(refusal) => refusal.retry(),
-            AdminError::Propose(e) => e.retry_class(),
-            AdminError::NotReady(_) | AdminError::Stopping => RetryClass::DidNotHappen,
-            AdminError::Timeout(_) => RetryClass::MayHaveHappened,
-        }
-    }
-
-    /// The value found where one was expected.
-    pub fn actual(&self) -> Option<u64> {
-        match self {
-            AdminError::Refused(MetaRefusal::RevisionMismatch { actual, .. }) => Some(actual.get()),
-            AdminError::Refused(_)
-            | AdminError::Invalid(_)
-            | AdminError::NotFound { .. }
-            | AdminError::Propose(_)
-            | AdminError::NotReady(_)
-            | AdminError::Timeout(_)
-            | AdminError::Stopping => None,
-        }
-    }
-}
 
 /// What a purge removes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,18 +46,6 @@ pub enum PurgeUpto {
     Everything,
     Before(Sequence),
     Keep(u64),
-}
-
-/// What a node brings when it starts.
-#[derive(Debug, Clone)]
-pub struct NodeFacts {
-    pub node: NodeId,
-    pub name: String,
-    pub incarnation: u64,
-    pub client_address: String,
-    pub cluster_name: String,
-    /// Groups shared by ordinary streams; fixed when the cluster is made.
-    pub pool_groups: u32,
 }
 
 fn odd_answer() -> AdminError {
@@ -144,39 +81,13 @@ pub struct Control {
     clock: Clock,
     alarms: Alarms,
     facts: NodeFacts,
+    /// Without them this node is the cluster.
+    peers: Option<Peers>,
+    liveness: Liveness,
+    orders: Orders,
 }
 
 impl Control {
-    /// Starts the meta group and every group that has a replica here, makes the cluster on the first start, and
-    /// returns when all of them lead and have applied their logs.
-    pub async fn start(
-        view: Arc<View>,
-        groups: Arc<Groups>,
-        clock: Clock,
-        alarms: Alarms,
-        facts: NodeFacts,
-        tasks: &Tasks,
-    ) -> Result<Arc<Self>, AdminError> {
-        // The meta group's replica on a node that founds a cluster is always replica 1.
-        let meta = groups.start(GroupId::META, ReplicaId::new(1)).await?;
-        meta.wait_ready(START).await?;
-        let control = Arc::new(Self {
-            view,
-            groups,
-            clock,
-            alarms,
-            facts,
-        });
-        control.found_cluster().await?;
-        control.register_node().await?;
-        control.start_groups().await?;
-        for group in control.groups.all() {
-            group.wait_ready(START).await?;
-        }
-        tasks.spawn_vital("reconciler", reconcile::run(control.clone(), tasks.token()));
-        Ok(control)
-    }
-
     /// The cluster's streams.
     pub fn view(&self) -> &Arc<View> {
         &self.view
@@ -188,27 +99,6 @@ impl Control {
             .ok_or_else(|| AdminError::NotReady("the meta group does not run here".into()))
     }
 
-    async fn propose_meta(&self, request_id: String, op: pb::meta_command::Op) -> Result<MetaOutcome, AdminError> {
-        let command = pb::GroupCommand {
-            feature_level: crate::machine::FEATURE_LEVEL,
-            op: Some(pb::group_command::Op::Meta(pb::MetaCommand {
-                time_us: self.clock.now_us(),
-                request_id,
-                op: Some(op),
-            })),
-        };
-        let (_, _, applied) = self
-            .meta()?
-            .propose(command.encode_to_vec().into())
-            .await?
-            .wait()
-            .await?;
-        match applied {
-            Applied::Command(GroupOutcome::Meta(outcome)) => Ok(outcome),
-            Applied::Command(_) | Applied::Done => Err(odd_answer()),
-        }
-    }
-
     async fn propose_shard(&self, group: &Group, op: pb::group_command::Op) -> Result<Applied, ProposeError> {
         let command = pb::GroupCommand {
             feature_level: crate::machine::FEATURE_LEVEL,
@@ -216,48 +106,6 @@ impl Control {
         };
         let (_, _, applied) = group.propose(command.encode_to_vec().into()).await?.wait().await?;
         Ok(applied)
-    }
-
-    async fn found_cluster(&self) -> Result<(), AdminError> {
-        if self.view.cluster().is_some() {
-            return Ok(());
-        }
-        self.propose_meta(
-            String::new(),
-            pb::meta_command::Op::InitCluster(pb::InitCluster {
-                cluster_id: uuid::Uuid::now_v7().simple().to_string(),
-                cluster_name: self.facts.cluster_name.clone(),
-                pool_groups: self.facts.pool_groups,
-            }),
-        )
-        .await?;
-        Ok(())
-    }
-
-    async fn register_node(&self) -> Result<(), AdminError> {
-        self.propose_meta(
-            String::new(),
-            pb::meta_command::Op::RegisterNode(pb::RegisterNode {
-                node_id: self.facts.node.get(),
-                name: self.facts.name.clone(),
-                incarnation: self.facts.incarnation,
-                client_address: self.facts.client_address.clone(),
-            }),
-        )
-        .await?;
-        Ok(())
-    }
-
-    /// Starts every group that has a replica on this node and does not run yet.
-    async fn start_groups(&self) -> Result<(), ProposeError> {
-        for place in self.view.groups() {
-            for (replica, node) in &place.replicas {
-                if *node == self.facts.node && self.groups.get(place.group).is_none() {
-                    self.groups.start(place.group, *replica).await?;
-                }
-            }
-        }
-        Ok(())
     }
 
     fn refused(namespace: &str, name: &str, refusal: MetaRefusal) -> AdminError {
@@ -305,10 +153,7 @@ impl Control {
         let then = StreamView::compile(record).map_err(AdminError::NotReady)?;
         let id = then.id;
         if self.view.stream_by_id(id).is_none() {
-            self.meta()?
-                .read_barrier()
-                .await
-                .map_err(|e| AdminError::NotReady(e.to_string()))?;
+            self.barrier().await?;
             if self.view.stream_by_id(id).is_none() {
                 // Forgotten since: an answer that was remembered longer than its stream.
                 return Ok(Arc::new(then));
@@ -349,10 +194,7 @@ impl Control {
         if let Some(stream) = self.view.stream(namespace, name) {
             return Ok(stream);
         }
-        self.meta()?
-            .read_barrier()
-            .await
-            .map_err(|e| AdminError::NotReady(e.to_string()))?;
+        self.barrier().await?;
         self.view.stream(namespace, name).ok_or_else(|| AdminError::NotFound {
             namespace: namespace.to_owned(),
             name: name.to_owned(),

@@ -9,9 +9,10 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::Control;
+use super::meta::QUORUM_AGE;
 use super::view::{ShardPlace, StreamView};
-use crate::model::{Revision, ShardId};
-use crate::raft::ProposeError;
+use crate::model::{GroupId, Revision, ShardId};
+use crate::raft::{Group, ProposeError};
 use crate::wire::spec::shard_config;
 use crate::wire::{internal as pb, v1};
 
@@ -34,13 +35,24 @@ pub(super) async fn run(control: Arc<Control>, token: CancellationToken) {
 }
 
 async fn round(control: &Control) -> Result<(), ProposeError> {
+    if control.peers.is_some() {
+        control.start_meta_again().await?;
+        set_aside(control).await;
+    }
     control.start_groups().await?;
     for stream in control.view.all_streams() {
-        match stream.state {
-            v1::StreamState::Creating => create(control, &stream).await?,
-            v1::StreamState::Active => update(control, &stream).await?,
-            v1::StreamState::Removed => forget(control, &stream).await?,
-            v1::StreamState::Unspecified => {}
+        let done = match stream.state {
+            v1::StreamState::Creating => create(control, &stream).await,
+            v1::StreamState::Active => update(control, &stream).await,
+            v1::StreamState::Removed => forget(control, &stream).await,
+            v1::StreamState::Unspecified => Ok(()),
+        };
+        match done {
+            // Leaders come and go: whoever leads the group next sees it.
+            Err(error) if control.peers.is_some() => {
+                tracing::debug!(stream = %stream.spec.name, %error, "not done; it is looked at again");
+            }
+            done => done?,
         }
     }
     quarantine(control);
@@ -56,15 +68,23 @@ fn revision_here(control: &Control, shard: ShardId) -> Option<Revision> {
 }
 
 async fn create(control: &Control, stream: &StreamView) -> Result<(), ProposeError> {
+    let mut all_here = true;
     for place in &stream.shards {
         if revision_here(control, place.shard).is_some() {
+            let led = control.groups.get(place.group).is_some_and(|group| is_ours(control, &group));
+            all_here &= led;
             continue;
         }
         let Some(group) = control.groups.get(place.group) else {
-            // Its group starts in this round or the next.
+            // Its group starts in this round or the next, here or on other nodes.
             return Ok(());
         };
-        group.wait_ready(super::START).await?;
+        if control.peers.is_none() {
+            group.wait_ready(super::start::START).await?;
+        } else if !group.leads_quorum(QUORUM_AGE) {
+            all_here = false;
+            continue;
+        }
         control
             .propose_shard(
                 &group,
@@ -75,16 +95,9 @@ async fn create(control: &Control, stream: &StreamView) -> Result<(), ProposeErr
             )
             .await?;
     }
-    let outcome = control
-        .propose_meta(
-            String::new(),
-            pb::meta_command::Op::ActivateStream(pb::ActivateStream {
-                stream_id: stream.id.to_string(),
-            }),
-        )
-        .await;
-    if let Err(e) = outcome {
-        tracing::warn!(stream = %stream.spec.name, error = %e, "a stream could not be activated; it is tried again");
+    // Otherwise the meta group's leader hears of them all.
+    if all_here {
+        control.activate(stream.id).await;
     }
     Ok(())
 }
@@ -97,7 +110,7 @@ async fn update(control: &Control, stream: &StreamView) -> Result<(), ProposeErr
         if here >= stream.revision {
             continue;
         }
-        let Some(group) = control.groups.get(place.group) else {
+        let Some(group) = control.groups.get(place.group).filter(|group| is_ours(control, group)) else {
             continue;
         };
         control
@@ -120,18 +133,22 @@ async fn forget(control: &Control, stream: &StreamView) -> Result<(), ProposeErr
         let Some(now) = control.clock.expiry_now_us() else {
             return Ok(());
         };
-        if now >= stream.removed_until.get() {
+        if now >= stream.removed_until.get() && control.leads_meta() {
             propose_forget(control, stream, false).await;
         }
         // The rest is done when the view has it: from there on there is no way back.
         return Ok(());
     }
+    // With peers, the meta group's leader hears of them all.
+    let mut all_dropped = control.peers.is_none();
     for place in &stream.shards {
         if revision_here(control, place.shard).is_none() {
             continue;
         }
-        let Some(group) = control.groups.get(place.group) else {
-            return Ok(());
+        let Some(group) = control.groups.get(place.group).filter(|group| is_ours(control, group)) else {
+            // Its leader does it.
+            all_dropped = false;
+            continue;
         };
         control
             .propose_shard(
@@ -142,7 +159,9 @@ async fn forget(control: &Control, stream: &StreamView) -> Result<(), ProposeErr
             )
             .await?;
     }
-    propose_forget(control, stream, true).await;
+    if all_dropped {
+        propose_forget(control, stream, true).await;
+    }
     Ok(())
 }
 
@@ -161,8 +180,38 @@ async fn propose_forget(control: &Control, stream: &StreamView, dropped: bool) {
     }
 }
 
+/// Whether this node proposes for the group: one without peers always does.
+fn is_ours(control: &Control, group: &Group) -> bool {
+    control.peers.is_none() || group.leads_quorum(QUORUM_AGE)
+}
+
+/// Replicas that were removed from their groups are stopped, and their logs set aside. Only what the catalog says was
+/// removed: what it merely does not know is left as it is.
+async fn set_aside(control: &Control) {
+    for record in control.view.group_records() {
+        let group = GroupId::new(record.group_id);
+        let own = |replica: &&pb::ReplicaRecord| replica.node_id == control.facts.node.get();
+        let Some(removed) = record.removed.iter().find(own) else {
+            continue;
+        };
+        if record.replicas.iter().any(|replica| own(&replica)) || control.groups.is_aside(group) {
+            continue;
+        }
+        let runs = control.groups.get(group);
+        if runs.is_some_and(|runs| runs.replica.get() != removed.replica_id) {
+            continue;
+        }
+        tracing::info!(%group, replica = removed.replica_id, "a replica that was removed is set aside");
+        control.groups.set_aside(group).await;
+    }
+}
+
 /// Shards that no stream names are reported, never removed.
 fn quarantine(control: &Control) {
+    // A view that is behind would call new shards unknown.
+    if control.peers.is_some() && !control.leads_meta() && !control.hears_meta() {
+        return;
+    }
     let known: HashSet<ShardId> = control
         .view
         .all_streams()

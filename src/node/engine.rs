@@ -1,11 +1,14 @@
 //! The seam between the composition and what it composes: everything between the store and the API.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
+use super::cluster::PeerListener;
 use super::config::Config;
 use crate::base::{Alarms, ByteBudget, Clock, Tasks};
 use crate::monitor::StatusSource;
@@ -29,6 +32,12 @@ pub struct Context {
     pub read_memory: ByteBudget,
     /// When the node started, in microseconds since the Unix epoch.
     pub started_us: u64,
+    /// Where clients reach this node.
+    pub client_address: SocketAddr,
+    /// Of a node with peers: its listener, to be taken, and the address in use.
+    pub peer_listener: Option<(PeerListener, SocketAddr)>,
+    /// Cancelled when the node is told to stop, also while it starts.
+    pub stop: CancellationToken,
 }
 
 /// Why a node did not start.

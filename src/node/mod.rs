@@ -1,5 +1,6 @@
 //! The composition: configuration → start → serve → drain. What is composed stands behind [`Engine`].
 
+pub mod cluster;
 pub mod command;
 pub mod config;
 mod dev_cluster;

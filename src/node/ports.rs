@@ -12,6 +12,8 @@ pub struct Ports {
     pub client: SocketAddr,
     pub monitor: SocketAddr,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub prometheus: Option<SocketAddr>,
     pub pid: u32,
 }

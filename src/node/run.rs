@@ -1,18 +1,22 @@
 //! The life of a node, from its configuration to its end.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use super::cluster::{PEER_CONNECTIONS_MAX, PeerListener};
 use super::config::Config;
 use super::engine::{Context, Engine, StartError};
 use super::listener::{ClientListener, Health, cannot_listen};
 use super::ports::{Ports, PortsFile};
+use crate::base::net::BoundedListener;
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks, clock};
 use crate::monitor::{self, Monitor, Phase, Recorder, recorder};
 use crate::storage::last_time_us;
@@ -80,6 +84,8 @@ struct Node {
     edge: Tasks,
     health: Health,
     ports: Ports,
+    /// The peer listener, until the engine takes it.
+    peer: Option<(PeerListener, SocketAddr)>,
 }
 
 impl Node {
@@ -109,9 +115,17 @@ impl Node {
             let listener = monitor::bind(address).await.map_err(&told)?;
             prometheus = Some((listener.local_addr().map_err(&told)?, listener));
         }
+        let mut peer = None;
+        if let Some(address) = config.listen.peer {
+            let told = told("peers", "--peer-listen", address);
+            let listener = BoundedListener::bind(address, PEER_CONNECTIONS_MAX).await.map_err(&told)?;
+            let address = listener.local_addr().map_err(&told)?;
+            peer = Some((Arc::new(Mutex::new(Some(listener))), address));
+        }
         let ports = Ports {
             client: client.local_addr().map_err(|error| error.to_string())?,
             monitor: monitor_listener.local_addr().map_err(&told_monitor)?,
+            peer: peer.as_ref().map(|(_, address)| *address),
             prometheus: prometheus.as_ref().map(|(address, _)| *address),
             pid: std::process::id(),
         };
@@ -145,6 +159,7 @@ impl Node {
                 edge,
                 health,
                 ports,
+                peer,
             },
             client,
         ))
@@ -168,6 +183,9 @@ impl Node {
             publish_memory: ByteBudget::new("publish", limits.publish_memory.as_usize()),
             read_memory: ByteBudget::new("read", limits.read_memory.as_usize()),
             started_us: self.monitor.started_us(),
+            client_address: self.ports.client,
+            peer_listener: self.peer.clone(),
+            stop: stop.clone(),
         };
         let engine = match start(context).await {
             Ok(engine) => engine,

@@ -1,5 +1,6 @@
 //! Starts what stands between the store and the API. The one place that knows every layer.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,17 +8,19 @@ use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use super::config::Config;
+use super::cluster::{self, ClusterNode};
+use super::config::{Addresses, Config};
 use super::engine::{Context, Engine, StartError};
 use crate::api::{self, Bounds, Edge, ServerFacts};
 use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
 use crate::broker::Broker;
 use crate::control::operations::Operations;
 use crate::control::view::View;
-use crate::control::{Control, NodeFacts};
+use crate::control::{Control, MetaStart, NodeFacts};
 use crate::monitor::StatusSource;
 use crate::monitor::status::{DataStatus, SpaceStatus};
-use crate::raft::Groups;
+use crate::raft::transport::{PeerServer, Peers};
+use crate::raft::{Groups, GroupsOptions, LogKeep, RaftTimings};
 use crate::storage::{ClockFile, OpenError, Store, StoreOptions};
 
 /// Memory for the batches that tailing readers get without a read from disk.
@@ -76,6 +79,8 @@ async fn open_store(options: StoreOptions) -> Result<Arc<Store>, StartError> {
 struct Running {
     store: Arc<Store>,
     groups: Arc<Groups>,
+    /// Of a node with peers.
+    peers: Option<Peers>,
     view: Arc<View>,
     edge: Arc<Edge>,
     /// Sessions: they end by themselves once the node drains.
@@ -115,9 +120,31 @@ impl Running {
 
     async fn start_on(store: Arc<Store>, context: &Context) -> Result<Arc<Self>, String> {
         let config = &context.config;
-        let identity = store.identity();
         let view = Arc::new(View::default());
-        let groups = Groups::new(&store, RECENT_BYTES, view.clone());
+        let mut facts = facts(context, &store);
+        let cluster = match &context.peer_listener {
+            Some(_) => Some(ClusterNode::find(config, &store, &mut facts, &context.stop).await?),
+            None => {
+                cluster::may_be_alone(&store)?;
+                None
+            }
+        };
+        let groups = match &cluster {
+            Some(cluster) => {
+                let options = GroupsOptions {
+                    recent_bytes: RECENT_BYTES,
+                    timings: RaftTimings {
+                        heartbeat: config.raft.heartbeat,
+                        election_min: config.raft.election_min,
+                        election_max: config.raft.election_max,
+                    },
+                    keep: LogKeep::default(),
+                    peers: Some(cluster.peers.clone()),
+                };
+                Groups::with_options(&store, options, view.clone())
+            }
+            None => Groups::new(&store, RECENT_BYTES, view.clone()),
+        };
         let work = context.tasks.child("work");
         let sessions = context.tasks.child("sessions");
         work.spawn_vital(
@@ -126,23 +153,30 @@ impl Running {
         );
         work.spawn_vital("clock file", note_time(&store, context.clock.clone(), work.token())?);
         work.spawn_vital("upkeep", groups.clone().upkeep(work.token()));
-        let control = Control::start(
+        let meta_start = cluster.as_ref().map(|cluster| MetaStart {
+            peers: cluster.peers.clone(),
+            cluster_id: cluster.cluster_id.clone(),
+            replica: cluster.meta_replica,
+            founder: cluster.founder,
+        });
+        let control = Control::new(
             view.clone(),
             groups.clone(),
             context.clock.clone(),
             context.alarms.clone(),
-            NodeFacts {
-                node: identity.node_id,
-                name: config.node.name.clone(),
-                incarnation: identity.incarnation,
-                client_address: config.listen.client.to_string(),
-                cluster_name: config.cluster.name.clone(),
-                pool_groups: config.raft.pool_groups,
-            },
-            &work,
-        )
-        .await
-        .map_err(|e| e.to_string())?;
+            facts,
+            meta_start.as_ref().map(|start| start.peers.clone()),
+        );
+        if let (Some(cluster), Some((listener, _))) = (&cluster, &context.peer_listener) {
+            let listener = listener.lock().take().ok_or("the peer listener is in use")?;
+            let server = PeerServer::new(&cluster.peers, &groups);
+            cluster.serve(listener, &server, &cluster.join_server(&control, config), &work)?;
+            let follow = cluster.keeper.clone();
+            let map = cluster.peers.map().clone();
+            work.spawn_vital("hints", follow.run(view.clone(), map, work.token()));
+        }
+        control.start(meta_start, &work).await.map_err(|e| e.to_string())?;
+        let identity = store.identity();
         if identity.cluster_id.is_none()
             && let Some(cluster) = view.cluster()
         {
@@ -158,7 +192,7 @@ impl Running {
             context.alarms.clone(),
             work.clone(),
             context.publish_memory.clone(),
-            None,
+            cluster.as_ref().map(|cluster| cluster.peers.clone()),
         );
         let operations = Operations::start(
             control,
@@ -188,6 +222,7 @@ impl Running {
         Ok(Arc::new(Self {
             store,
             groups,
+            peers: cluster.map(|cluster| cluster.peers),
             view,
             edge,
             sessions,
@@ -200,12 +235,39 @@ impl Running {
     async fn end(&self) -> Result<(), String> {
         let work = self.work.drain(TASKS_MAX).await.map_err(|e| e.to_string());
         self.groups.shutdown().await;
+        if let Some(peers) = &self.peers {
+            peers.shutdown(TASKS_MAX).await;
+        }
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.close())
             .await
             .map_err(|e| e.to_string())?
             .map_err(|e| e.to_string())?;
         work
+    }
+}
+
+/// What this node tells of itself.
+fn facts(context: &Context, store: &Store) -> NodeFacts {
+    let (config, identity) = (&context.config, store.identity());
+    let told = |advertised: &Option<Addresses>, used: SocketAddr| {
+        advertised.as_ref().map_or(used.to_string(), |told| told.first().to_owned())
+    };
+    let listen = &config.listen;
+    let peer_address = context.peer_listener.as_ref().map(|(_, address)| *address);
+    NodeFacts {
+        node: identity.node_id,
+        name: config.node.name.clone(),
+        incarnation: identity.incarnation,
+        client_address: match peer_address {
+            None => listen.client.to_string(),
+            Some(_) => told(&listen.advertise_client, context.client_address),
+        },
+        cluster_name: config.cluster.name.clone(),
+        pool_groups: config.raft.pool_groups,
+        store_id: identity.store_id,
+        peer_address: peer_address.map_or_else(String::new, |used| told(&listen.advertise_peer, used)),
+        zone: config.node.zone.clone().unwrap_or_default(),
     }
 }
 

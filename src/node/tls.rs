@@ -17,8 +17,7 @@ pub fn load(tls: &TlsSection) -> Result<Option<ServerTlsConfig>, String> {
     let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else {
         return Ok(None);
     };
-    // One process-wide choice, so that no other crate's default can come between. Set already: the same one.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    install_provider();
     let identity = Identity::from_pem(read("tls.cert", cert)?, read("tls.key", key)?);
     let mut config = ServerTlsConfig::new().identity(identity).timeout(HANDSHAKE_MAX);
     if let Some(ca) = &tls.client_ca {
@@ -31,7 +30,14 @@ pub fn load(tls: &TlsSection) -> Result<Option<ServerTlsConfig>, String> {
     Ok(Some(config))
 }
 
-fn read(key: &str, path: &Path) -> Result<Vec<u8>, String> {
+/// One process-wide choice, so that no other crate's default can come between.
+pub fn install_provider() {
+    // Set already: the same one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// A PEM file.
+pub fn read(key: &str, path: &Path) -> Result<Vec<u8>, String> {
     let pem = std::fs::read(path).map_err(|error| format!("{key}: cannot read {}: {error}", path.display()))?;
     if !pem.windows(11).any(|window| window == b"-----BEGIN ") {
         return Err(format!("{key}: {} is not a PEM file", path.display()));

@@ -28,6 +28,8 @@ pub struct Members {
     pub joint: bool,
     /// Whether it is committed.
     pub committed: bool,
+    /// Of the entry that says so.
+    pub index: LogIndex,
 }
 
 impl Members {
@@ -140,6 +142,7 @@ pub(super) fn members_of(metrics: &Metrics) -> Members {
         learners: inner.learner_ids().map(ReplicaId::new).collect(),
         joint: inner.get_joint_config().len() > 1,
         committed: metrics.committed_membership_config.log_id() == membership.log_id(),
+        index: LogIndex::new(membership.log_id().as_ref().map_or(0, |id| id.index)),
     }
 }
 
@@ -205,6 +208,16 @@ impl Group {
             }
             Some(_) | None => Others::Unknown,
         }
+    }
+
+    /// Whether this replica leads and a quorum has answered it within `age`. A group of one voter is its own quorum.
+    pub fn leads_quorum(&self, age: Duration) -> bool {
+        let metrics = self.metrics();
+        if !metrics.state.is_leader() {
+            return false;
+        }
+        let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
+        alone || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() <= age)
     }
 
     /// On a leader of several voters: how long no quorum has answered it.

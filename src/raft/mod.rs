@@ -1,6 +1,7 @@
 //! The only user of openraft: type config, log store, state machine, group handle, registry, and the transport between
 //! nodes.
 
+mod catalog;
 mod codec;
 mod group;
 mod load;
@@ -18,11 +19,11 @@ mod watch;
 #[cfg(test)]
 mod tests;
 
+pub use catalog::{MetaChange, MetaObserver};
 pub use group::{BarrierError, Group, GroupStatus, Origin, Pending, ProposeError, RaftTimings};
 pub use members::{ChangeError, GroupReport, LeaderView, Members, ReplicaReport};
 pub use purge::LogKeep;
 pub use registry::{Groups, GroupsOptions};
 pub use shard::{Positions, ShardDirectory, ShardShared};
-pub use state_machine::{MetaChange, MetaObserver};
 pub use types::Applied;
 pub use watch::GroupEvent;

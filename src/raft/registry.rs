@@ -8,11 +8,12 @@ use parking_lot::RwLock;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
+use super::catalog::MetaObserver;
 use super::group::{Group, Origin, ProposeError, RaftTimings};
 use super::log_store::GroupLog;
 use super::purge::LogKeep;
 use super::shard::{RecentBudget, ShardDirectory};
-use super::state_machine::{GroupContext, GroupMachine, GroupMap, MetaObserver};
+use super::state_machine::{GroupContext, GroupMachine, GroupMap};
 use super::transport::{Peers, RaftHandle, Replicas};
 use super::watch::{self, GroupEvent};
 use crate::base::Tasks;
@@ -160,6 +161,30 @@ impl Groups {
         let watcher = watch::watch(self.this.clone(), group.clone(), self.events.clone());
         self.tasks.spawn(format!("watch-{id}"), watcher);
         Ok(group)
+    }
+
+    /// Whether a replica of the group has run here: its log is not empty.
+    pub fn has_log(&self, id: GroupId) -> bool {
+        self.log.meta(id).is_ok_and(|meta| meta.last.is_some())
+    }
+
+    /// Ends a replica that was removed from its group for good and sets its log aside: nothing of it is listed or written
+    /// any more, and nothing is removed. The group cannot come back to this node.
+    pub async fn set_aside(&self, id: GroupId) {
+        self.stop(id).await;
+        if !self.is_aside(id) {
+            self.log.drop_group(id);
+        }
+        for shard in self.directory().all() {
+            if shard.group == id {
+                self.directory().remove(shard.shard);
+            }
+        }
+    }
+
+    /// Whether the group's log was set aside.
+    pub fn is_aside(&self, id: GroupId) -> bool {
+        self.log.meta(id).is_ok_and(|meta| meta.quarantined)
     }
 
     /// Ends a replica; its data stays. True if there was one.

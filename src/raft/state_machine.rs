@@ -16,6 +16,7 @@ use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use parking_lot::Mutex;
 use prost::Message;
 
+use super::catalog::{MetaChange, MetaObserver, changes, everything, forgotten};
 use super::codec;
 use super::load;
 use super::log_store::GroupLog;
@@ -25,30 +26,13 @@ use super::snapshot::{Content, GroupSnapshot, Pin};
 use super::types::{Applied, LogId, Mainstem, StoredMembership};
 use crate::base::metric_names as names;
 use crate::machine::port::{MetaKind, ShardSink};
-use crate::machine::{self, GroupOutcome, MetaMachine, MetaOutcome, ShardMachine};
-use crate::model::{GroupId, LogIndex, Sequence, ShardId, StoredBatch, StreamId, Term};
+use crate::machine::{self, GroupOutcome, ShardMachine};
+use crate::model::{GroupId, LogIndex, Sequence, ShardId, StoredBatch, Term};
 use crate::storage::{StateBatch, StateDb, StorageError};
 use crate::wire::internal as pb;
 
 type SnapshotMeta = SnapshotMetaOf<Mainstem>;
 type Snapshot = SnapshotOf<Mainstem, GroupSnapshot>;
-
-/// A change of the meta group's state.
-#[derive(Debug, Clone, PartialEq)]
-pub enum MetaChange {
-    Cluster(Arc<pb::ClusterRecord>),
-    Node(Arc<pb::NodeRecord>),
-    Group(Arc<pb::GroupRecord>),
-    GroupForgotten(GroupId),
-    Stream(Arc<pb::StreamRecord>),
-    StreamForgotten(StreamId),
-}
-
-/// Told of every change of the meta group's state after it is applied, in order.
-pub trait MetaObserver: Send + Sync + 'static {
-    /// Called once at start with everything, then with each change. Must be quick and must not block.
-    fn changed(&self, changes: &[MetaChange]);
-}
 
 fn io_error(e: StorageError) -> io::Error {
     io::Error::other(e)
@@ -305,82 +289,6 @@ fn shard_of(op: &pb::group_command::Op) -> Option<ShardId> {
         Op::Meta(_) => return None,
     };
     Some(ShardId::new(raw))
-}
-
-/// The whole catalog, as changes.
-fn everything(meta: &MetaMachine) -> Vec<MetaChange> {
-    let cluster = meta.cluster().cloned().map(MetaChange::Cluster);
-    cluster
-        .into_iter()
-        .chain(meta.nodes().cloned().map(MetaChange::Node))
-        .chain(meta.groups().cloned().map(MetaChange::Group))
-        .chain(meta.streams().cloned().map(MetaChange::Stream))
-        .collect()
-}
-
-/// What was in one catalog and is not in the other.
-fn forgotten(before: &MetaMachine, now: &MetaMachine) -> Vec<MetaChange> {
-    let groups = before.groups().map(|g| GroupId::new(g.group_id));
-    let streams = before.streams().filter_map(|s| StreamId::parse(&s.stream_id));
-    groups
-        .filter(|g| now.group(*g).is_none())
-        .map(MetaChange::GroupForgotten)
-        .chain(
-            streams
-                .filter(|s| now.stream(*s).is_none())
-                .map(MetaChange::StreamForgotten),
-        )
-        .collect()
-}
-
-/// What a meta command changed, so far as its outcome tells. Saying more than has changed does no harm.
-fn changes(meta: &MetaMachine, outcome: &MetaOutcome) -> Vec<MetaChange> {
-    let mut out: Vec<MetaChange> = meta.cluster().cloned().map(MetaChange::Cluster).into_iter().collect();
-    let stream = match outcome {
-        MetaOutcome::Refused(_) | MetaOutcome::StreamExisted(_) => return Vec::new(),
-        MetaOutcome::ClusterInitialised { .. } | MetaOutcome::NodeRegistered { .. } | MetaOutcome::NodeChanged(_) => {
-            return everything(meta);
-        }
-        MetaOutcome::ClusterChanged(_) => return out,
-        MetaOutcome::GroupChanged(group) => {
-            let id = GroupId::new(group.group_id);
-            out.push(group_change(meta, id));
-            return out;
-        }
-        MetaOutcome::ShardMoved { stream, from, to } => {
-            out.extend([*from, *to].map(|id| group_change(meta, id)));
-            stream
-        }
-        MetaOutcome::ShardMoving(stream)
-        | MetaOutcome::StreamCreated(stream)
-        | MetaOutcome::StreamActivated(stream)
-        | MetaOutcome::StreamUpdated(stream)
-        | MetaOutcome::StreamRemoved(stream)
-        | MetaOutcome::StreamUndeleted(stream)
-        | MetaOutcome::StreamDoomed(stream)
-        | MetaOutcome::StreamForgotten(stream) => stream,
-    };
-    for shard in &stream.shards {
-        let moving = shard.moving.iter().flat_map(|m| [m.from_group, m.to_group]);
-        for id in moving.chain([shard.group_id]) {
-            out.push(group_change(meta, GroupId::new(id)));
-        }
-    }
-    // A remembered answer tells the stream as it was then: what it is now counts.
-    if let Some(id) = StreamId::parse(&stream.stream_id) {
-        out.push(match meta.stream(id) {
-            Some(now) => MetaChange::Stream(now.clone()),
-            None => MetaChange::StreamForgotten(id),
-        });
-    }
-    out
-}
-
-fn group_change(meta: &MetaMachine, id: GroupId) -> MetaChange {
-    match meta.group(id) {
-        Some(group) => MetaChange::Group(group.clone()),
-        None => MetaChange::GroupForgotten(id),
-    }
 }
 
 /// What an entry changed, to be made visible once it is written.

@@ -13,9 +13,10 @@ use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, RaftLogReader, StorageError};
 use prost::Message;
 
+use super::catalog::{MetaChange, MetaObserver};
 use super::log_store::GroupLog;
 use super::shard::{RecentBudget, ShardDirectory};
-use super::state_machine::{GroupContext, GroupMachine, MetaChange, MetaObserver};
+use super::state_machine::{GroupContext, GroupMachine};
 use super::types::{Entry, LeaderId, LogId, Mainstem, Membership, Proposal};
 use crate::model::batch::{BatchBuilder, Codec, RecordFields};
 use crate::model::{GroupId, Sequence, ShardId};

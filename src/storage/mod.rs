@@ -14,10 +14,11 @@
 //! | `floors.rs`, `reclaim.rs` | trims, and giving their space back |
 //! | `upkeep.rs`, `space.rs` | background threads, free space |
 //!
-//! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `clock`, `log/`, `state/`, `incoming/` for snapshots that
+//! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `clock`, `cluster`, `log/`, `state/`, `incoming/` for snapshots that
 //! are being received, and `aside/` for bytes that were cut off or set aside and are kept for inspection.
 
 mod clock_file;
+mod cluster_file;
 mod committer;
 mod crc32c;
 mod engine;
@@ -50,6 +51,7 @@ mod wal_check;
 mod witness;
 
 pub use clock_file::{ClockFile, last_time_us};
+pub use cluster_file::{ClusterHints, HintsError, PeerHint};
 pub use error::{Area, OpenError, Poison, StorageError};
 pub use floors::Floors;
 pub use identity::Identity;

@@ -187,6 +187,23 @@ impl Store {
         Ok(())
     }
 
+    /// Notes the cluster this node has joined and the id it was given there; durable on return. Before, the node has
+    /// said its id to nobody. Refused once a cluster is noted.
+    pub fn join_cluster(&self, cluster_id: &str, node: NodeId) -> std::io::Result<()> {
+        let before = {
+            let mut identity = self.identity.lock();
+            if identity.cluster_id.is_some() && identity.node_id != node {
+                return Err(std::io::Error::new(
+                    std::io::ErrorKind::InvalidInput,
+                    format!("this store is that of node {} already", identity.node_id),
+                ));
+            }
+            std::mem::replace(&mut identity.node_id, node)
+        };
+        // One write has both.
+        self.set_cluster(cluster_id).inspect_err(|_| self.identity.lock().node_id = before)
+    }
+
     /// Raft logs.
     pub fn log(&self) -> &LogDb {
         &self.log

@@ -64,6 +64,8 @@ pub struct Node {
     name: String,
     place: TempDir,
     data: PathBuf,
+    /// Of a node with peers: where it listens for them. Once known, it stays.
+    peer: Option<String>,
     child: Option<Child>,
     lives: u32,
     ports: Option<Ports>,
@@ -95,6 +97,7 @@ impl Node {
             name: name.into(),
             place,
             data,
+            peer: None,
             child: None,
             lives: 0,
             ports: None,
@@ -146,6 +149,7 @@ impl Node {
                 "--ports-file",
             ])
             .arg(self.ports_file())
+            .args(self.peer.iter().flat_map(|peer| ["--peer-listen", peer]))
             .args(&self.options.flags)
             .envs(self.options.env.iter().map(|(k, v)| (k, v)))
             .env("RUST_BACKTRACE", "1")
@@ -186,6 +190,9 @@ impl Node {
                     client: of("client"),
                     monitor: of("monitor"),
                 });
+                if self.peer.is_some() {
+                    self.peer = Some(of("peer"));
+                }
                 self.ready_in = start.elapsed();
                 return Ok(());
             }
@@ -215,6 +222,22 @@ impl Node {
 
     pub fn client_addr(&self) -> String {
         self.ports.as_ref().expect("ready").client.clone()
+    }
+
+    /// Gives it a listener for peers from the next start on.
+    pub fn set_peer_listen(&mut self, address: &str) {
+        self.peer = Some(address.into());
+    }
+
+    pub fn peer_addr(&self) -> String {
+        self.peer.clone().expect("a node with peers")
+    }
+
+    /// Whether a line of this life's log has all of these.
+    pub fn has_logged(&self, words: &[&str]) -> bool {
+        let text = std::fs::read(self.log_file()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        text.lines().any(|line| words.iter().all(|word| line.contains(word)))
     }
 
     pub fn monitor_addr(&self) -> String {

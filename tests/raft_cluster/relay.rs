@@ -60,6 +60,7 @@ fn catalog() -> Vec<MetaChange> {
             index: 0,
             shard_id: SHARD_OF(GROUP).get(),
             group_id: GROUP.get(),
+            ..pb::ShardPlacement::default()
         }],
         ..pb::StreamRecord::default()
     };
@@ -371,14 +372,13 @@ async fn without_a_quorum_a_publish_is_refused_as_not_processed_at_every_node() 
         loop {
             let error = plane.publish_once(7, None).await.unwrap_err();
             // One may still have been on its way to the leader that ended.
-            if error.retry_class() == RetryClass::DidNotHappen {
-                if let PublishError::NoQuorum {
+            if error.retry_class() == RetryClass::DidNotHappen
+                && let PublishError::NoQuorum {
                     live, needed, replicas, ..
                 } = error
-                {
-                    assert_eq!((live, needed, replicas), (1, 2, 3));
-                    break;
-                }
+            {
+                assert_eq!((live, needed, replicas), (1, 2, 3));
+                break;
             }
             assert!(begun.elapsed() < PATIENCE, "{error}");
         }

@@ -87,7 +87,9 @@ impl<'a> Planner<'a> {
             }
             if let Some(change) = &group.change {
                 busy.insert(group.id);
-                for id in change.add.iter().chain(&change.remove) {
+                // What a group without a leader is at does not go on, and takes nobody's slot.
+                let goes_on = reports.groups.contains_key(&group.id);
+                for id in change.add.iter().chain(&change.remove).filter(|_| goes_on) {
                     if let Some(replica) = group.replica(*id) {
                         *moving.entry(replica.node).or_default() += 1;
                     }
@@ -98,7 +100,7 @@ impl<'a> Planner<'a> {
             busy.extend([moving.from, moving.to]);
         }
         Self {
-            // What a group without a leader is at does not go on, and must not keep the others waiting.
+            // Nor does it keep the others waiting.
             restless: busy.iter().any(|group| reports.groups.contains_key(group)),
             view,
             reports,

@@ -91,7 +91,7 @@ pub fn read(input: &str) -> Result<Vec<Found>, Vec<Complaint>> {
 fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
     match (kind, value) {
         (
-            Kind::Text | Kind::Path | Kind::Address | Kind::Size | Kind::Duration | Kind::Choice(_),
+            Kind::Text | Kind::Path | Kind::Address | Kind::Hosts | Kind::Size | Kind::Duration | Kind::Choice(_),
             DeValue::String(text),
         ) => Some(text.to_string()),
         (Kind::Size | Kind::Count | Kind::Ratio, DeValue::Integer(number)) => {
@@ -102,7 +102,7 @@ fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
         (
             Kind::Text
             | Kind::Path
-            | Kind::Address
+            | Kind::Address | Kind::Hosts
             | Kind::Size
             | Kind::Duration
             | Kind::Count

@@ -12,6 +12,7 @@ pub enum Kind {
     Text,
     Path,
     Address,
+    Hosts,
     Size,
     Duration,
     Count,
@@ -27,6 +28,7 @@ impl Kind {
             Kind::Text => "TEXT",
             Kind::Path => "PATH",
             Kind::Address => "ADDR",
+            Kind::Hosts => "HOST:PORT",
             Kind::Size => "SIZE",
             Kind::Duration => "DURATION",
             Kind::Count => "N",
@@ -44,6 +46,7 @@ impl Kind {
             Kind::Address => {
                 "an address with a port, such as 127.0.0.1:7411 or [::1]:7411 (port 0: any free one)".into()
             }
+            Kind::Hosts => "HOST:PORT, such as node-1.example:7412; several with commas between where that makes sense".into(),
             Kind::Size => "bytes, with or without a unit: 65536, 64KiB, 128MiB, 2GiB, 10GB".into(),
             Kind::Duration => "a number with a unit: 250ms, 5s, 2m, 1h, 1m 30s".into(),
             Kind::Count => "a whole number".into(),
@@ -56,7 +59,7 @@ impl Kind {
     /// Whether the value stands in quotes in TOML.
     pub fn is_quoted(self) -> bool {
         match self {
-            Kind::Text | Kind::Path | Kind::Address | Kind::Size | Kind::Duration | Kind::Choice(_) => true,
+            Kind::Text | Kind::Path | Kind::Address | Kind::Hosts | Kind::Size | Kind::Duration | Kind::Choice(_) => true,
             Kind::Count | Kind::Ratio | Kind::Switch => false,
         }
     }
@@ -213,6 +216,37 @@ impl Human for SocketAddr {
 
     fn show(&self) -> Option<String> {
         Some(self.to_string())
+    }
+}
+
+/// Where nodes are: `HOST:PORT`, one or several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses(pub Vec<String>);
+
+impl Addresses {
+    /// The first; there is always one.
+    pub fn first(&self) -> &str {
+        self.0.first().map_or("", String::as_str)
+    }
+}
+
+impl Human for Addresses {
+    const KIND: Kind = Kind::Hosts;
+
+    fn parse(text: &str) -> Option<Self> {
+        let is_address = |text: &str| {
+            let (host, port) = text.rsplit_once(':')?;
+            let bracketed = host.starts_with('[') && host.ends_with(']');
+            let plain = !host.contains([':', '[', ']', '/', '@']) && !host.contains(char::is_whitespace);
+            let port: u16 = port.parse().ok()?;
+            (!host.is_empty() && (bracketed || plain) && port != 0).then(|| text.to_owned())
+        };
+        let all: Option<Vec<String>> = text.split(',').map(|one| is_address(one.trim())).collect();
+        all.map(Addresses)
+    }
+
+    fn show(&self) -> Option<String> {
+        Some(self.0.join(","))
     }
 }
 
@@ -429,6 +463,15 @@ mod tests {
         }
         for bad in ["loud", "mainstem", "info,loud", "mainstem=loud", ""] {
             assert!(LogFilter::parse(bad).is_none(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn hosts() {
+        let several = Addresses::parse("a:1, [::1]:2,b.example:3").expect("three");
+        assert_eq!(several.show().as_deref(), Some("a:1,[::1]:2,b.example:3"));
+        for bad in ["", "a", "a:", "a:0", "::1:2", "http://a:1", "a:1,", "a b:1"] {
+            assert_eq!(Addresses::parse(bad), None, "{bad}");
         }
     }
 

@@ -14,8 +14,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use args::{DevArgs, ServerArgs};
-pub use human::{ByteSize, ClientAuth, LogFilter, LogFormat};
+pub use human::{Addresses, ByteSize, ClientAuth, LogFilter, LogFormat};
 use table::{SECTIONS, SETTINGS, Setting};
+
+use crate::raft::RaftTimings;
 
 /// What a node is told. Every field is in [`table::SETTINGS`], which says what it means.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,16 +39,24 @@ pub struct NodeSection {
     /// Empty: not set, which only `--print-config` bears.
     pub data_dir: PathBuf,
     pub drain_timeout: Duration,
+    pub zone: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClusterSection {
     pub name: String,
+    pub bootstrap: bool,
+    pub join: Option<Addresses>,
+    pub token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListenSection {
     pub client: SocketAddr,
+    /// Not set: a node without peers.
+    pub peer: Option<SocketAddr>,
+    pub advertise_client: Option<Addresses>,
+    pub advertise_peer: Option<Addresses>,
     pub monitor: SocketAddr,
     pub prometheus: Option<SocketAddr>,
     pub ports_file: Option<PathBuf>,
@@ -59,6 +69,7 @@ pub struct TlsSection {
     pub key: Option<PathBuf>,
     pub client_ca: Option<PathBuf>,
     pub client_auth: ClientAuth,
+    pub peer_ca: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -92,6 +103,9 @@ pub struct StorageSection {
 #[derive(Debug, Clone, PartialEq)]
 pub struct RaftSection {
     pub pool_groups: u32,
+    pub heartbeat: Duration,
+    pub election_min: Duration,
+    pub election_max: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -108,17 +122,25 @@ pub struct LogSection {
 
 impl Default for Config {
     fn default() -> Self {
+        let timings = RaftTimings::default();
         Self {
             node: NodeSection {
                 name: host_name(),
                 data_dir: PathBuf::new(),
                 drain_timeout: Duration::from_secs(20),
+                zone: None,
             },
             cluster: ClusterSection {
                 name: "mainstem".into(),
+                bootstrap: false,
+                join: None,
+                token_file: None,
             },
             listen: ListenSection {
                 client: SocketAddr::from(([127, 0, 0, 1], 7411)),
+                peer: None,
+                advertise_client: None,
+                advertise_peer: None,
                 monitor: SocketAddr::from(([127, 0, 0, 1], 7413)),
                 prometheus: None,
                 ports_file: None,
@@ -129,6 +151,7 @@ impl Default for Config {
                 key: None,
                 client_ca: None,
                 client_auth: ClientAuth::Optional,
+                peer_ca: None,
             },
             limits: LimitsSection {
                 publish_memory: ByteSize::mib(64),
@@ -154,7 +177,12 @@ impl Default for Config {
                 garbage_ratio_max: 0.2,
                 garbage_min: ByteSize::mib(16),
             },
-            raft: RaftSection { pool_groups: 4 },
+            raft: RaftSection {
+                pool_groups: 4,
+                heartbeat: timings.heartbeat,
+                election_min: timings.election_min,
+                election_max: timings.election_max,
+            },
             clock: ClockSection {
                 max_offline: Duration::from_secs(7 * 24 * 3_600),
                 accept: false,

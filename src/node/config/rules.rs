@@ -16,6 +16,7 @@ pub fn check(config: &Config) -> Vec<String> {
     tls(config, &mut wrong);
     listeners(config, &mut wrong);
     names(config, &mut wrong);
+    cluster(config, &mut wrong);
     windows(config, &mut wrong);
     storage(config, &mut wrong);
     wrong
@@ -68,6 +69,7 @@ fn listeners(config: &Config, wrong: &mut Vec<String>) {
         ("listen.client", Some(listen.client)),
         ("listen.monitor", Some(listen.monitor)),
         ("listen.prometheus", listen.prometheus),
+        ("listen.peer", listen.peer),
     ];
     for (index, (key, address)) in all.iter().enumerate() {
         for (other, taken) in &all[..index] {
@@ -77,6 +79,90 @@ fn listeners(config: &Config, wrong: &mut Vec<String>) {
                 ));
             }
         }
+    }
+}
+
+/// What concerns the other nodes.
+fn cluster(config: &Config, wrong: &mut Vec<String>) {
+    let (cluster, listen, tls) = (&config.cluster, &config.listen, &config.tls);
+    if tls.peer_ca.is_some() && tls.cert.is_none() {
+        wrong.push("tls.peer_ca is set but tls.cert and tls.key are not: nodes show each other a certificate".into());
+    }
+    if cluster.bootstrap && cluster.join.is_some() {
+        wrong.push(
+            "cluster.bootstrap and cluster.join are both set: the first node of a cluster founds it with --bootstrap, \
+             every other one joins it with --join"
+                .into(),
+        );
+    }
+    for (key, told) in [
+        ("listen.advertise_client", &listen.advertise_client),
+        ("listen.advertise_peer", &listen.advertise_peer),
+    ] {
+        if told.as_ref().is_some_and(|told| told.0.len() != 1) {
+            wrong.push(format!("{key} names several addresses; allowed: one HOST:PORT"));
+        }
+    }
+    timings(config, wrong);
+    let Some(peer) = listen.peer else {
+        for (key, set) in [
+            ("cluster.bootstrap", cluster.bootstrap),
+            ("cluster.join", cluster.join.is_some()),
+            ("listen.advertise_peer", listen.advertise_peer.is_some()),
+        ] {
+            if set {
+                wrong.push(format!(
+                    "{key} is set but listen.peer is not: say where the other nodes reach this one with --peer-listen ADDR"
+                ));
+            }
+        }
+        return;
+    };
+    if !is_private(peer) && tls.peer_ca.is_none() && !listen.insecure {
+        wrong.push(format!(
+            "listen.peer is {peer}, which others can reach, and TLS between nodes is not configured: give --tls-cert, \
+             --tls-key and --tls-peer-ca, or listen on 127.0.0.1, or allow it with --insecure"
+        ));
+    }
+    if cluster.token_file.is_none() {
+        let far = |address: &&String| {
+            let host = address.rsplit_once(':').map_or("", |(host, _)| host);
+            !(host == "localhost" || address.parse().is_ok_and(is_private))
+        };
+        let others = cluster.join.iter().flat_map(|join| &join.0);
+        let far_away = others.chain(listen.advertise_peer.iter().flat_map(|told| &told.0)).find(far);
+        if !is_private(peer) || far_away.is_some() {
+            wrong.push(
+                "cluster.token_file is not set: nodes that others can reach prove to each other that they hold the \
+                 cluster's token; write the same secret to a file on every node and give it with --token-file (only \
+                 nodes that all listen on 127.0.0.1 may go without)"
+                    .into(),
+            );
+        }
+    }
+    if peer.ip().is_unspecified() && listen.advertise_peer.is_none() {
+        wrong.push(format!(
+            "listen.peer is {peer}, which is no address that others can connect to: say where they find this node with \
+             --advertise-peer HOST:PORT"
+        ));
+    }
+    if listen.client.ip().is_unspecified() && listen.advertise_client.is_none() {
+        wrong.push(format!(
+            "listen.client is {}, which is no address that others can connect to: in a cluster, say where clients find \
+             this node with --advertise-client HOST:PORT",
+            listen.client
+        ));
+    }
+}
+
+fn timings(config: &Config, wrong: &mut Vec<String>) {
+    let raft = &config.raft;
+    if raft.election_min <= raft.heartbeat || raft.election_max <= raft.election_min {
+        wrong.push(format!(
+            "raft.heartbeat, raft.election_min and raft.election_max are {:?}, {:?} and {:?}; allowed: each longer than \
+             the one before, best by half or more",
+            raft.heartbeat, raft.election_min, raft.election_max
+        ));
     }
 }
 

@@ -119,7 +119,7 @@ macro_rules! settings {
     };
 }
 
-use super::human::{ByteSize, ClientAuth, LogFilter, LogFormat};
+use super::human::{Addresses, ByteSize, ClientAuth, LogFilter, LogFormat};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -131,12 +131,26 @@ settings! {
         "Where the data is. Created if it is missing; one process at a time.";
     node.drain_timeout: Duration, "drain-timeout", "MAINSTEM_DRAIN_TIMEOUT", Some(("0s", "1h")),
         "How long a node that is told to stop waits for its clients to leave and for publishes to be acknowledged.";
+    node.zone: Option<String>, "zone", "MAINSTEM_ZONE", None,
+        "What fails together with this node: a rack, a room, a data centre. Replicas are spread over zones.";
 
     cluster.name: String, "cluster-name", "MAINSTEM_CLUSTER_NAME", None,
         "The cluster's name. Nodes of another name are refused.";
+    cluster.bootstrap: bool, "bootstrap", "MAINSTEM_BOOTSTRAP", None,
+        "Found a cluster with this node as its first. On a data directory that is in a cluster already: just a restart.";
+    cluster.join: Option<Addresses>, "join", "MAINSTEM_JOIN", None,
+        "Join a cluster through any of these nodes: HOST:PORT of their peer listeners, with commas between. On a data directory that is in a cluster already: just a restart.";
+    cluster.token_file: Option<PathBuf>, "token-file", "MAINSTEM_TOKEN_FILE", None,
+        "A file with the cluster's token, the same on every node: who holds it is let in. It is proven, never sent. Only nodes that all listen on loopback may go without.";
 
     listen.client: SocketAddr, "listen", "MAINSTEM_LISTEN", None,
         "For clients: gRPC.";
+    listen.peer: Option<SocketAddr>, "peer-listen", "MAINSTEM_PEER_LISTEN", None,
+        "For the other nodes of the cluster. Not set: a node without peers.";
+    listen.advertise_client: Option<Addresses>, "advertise-client", "MAINSTEM_ADVERTISE_CLIENT", None,
+        "Where clients find this node, HOST:PORT. Not set: the address it listens on.";
+    listen.advertise_peer: Option<Addresses>, "advertise-peer", "MAINSTEM_ADVERTISE_PEER", None,
+        "Where the other nodes find this one, HOST:PORT. Not set: the address it listens on.";
     listen.monitor: SocketAddr, "monitor-listen", "MAINSTEM_MONITOR_LISTEN", None,
         "For health checks and reports: plain HTTP.";
     listen.prometheus: Option<SocketAddr>, "prometheus-listen-on", "MAINSTEM_PROMETHEUS_LISTEN_ON", None,
@@ -154,6 +168,8 @@ settings! {
         "The authority that signs client certificates. Not set: none is asked for.";
     tls.client_auth: ClientAuth, "tls-client-auth", "MAINSTEM_TLS_CLIENT_AUTH", None,
         "Whether a client must show a certificate, where client_ca is set.";
+    tls.peer_ca: Option<PathBuf>, "tls-peer-ca", "MAINSTEM_TLS_PEER_CA", None,
+        "The authority that signs the nodes' certificates. Switches TLS between nodes on: each shows tls.cert to the others.";
 
     limits.publish_memory: ByteSize, "publish-memory", "MAINSTEM_PUBLISH_MEMORY", Some(("16MiB", "3GiB")),
         "Bytes of publishes in the node, from their arrival to their acknowledgement.";
@@ -199,6 +215,12 @@ settings! {
 
     raft.pool_groups: u32, "raft-pool-groups", "MAINSTEM_RAFT_POOL_GROUPS", Some(("1", "256")),
         "Raft groups that share the shards of ordinary streams. Read when a data directory is first made.";
+    raft.heartbeat: Duration, "raft-heartbeat", "MAINSTEM_RAFT_HEARTBEAT", Some(("20ms", "10s")),
+        "How often leaders tell their followers that they live. This and the next two: of nodes with peers, and the same on all of them.";
+    raft.election_min: Duration, "raft-election-min", "MAINSTEM_RAFT_ELECTION_MIN", Some(("40ms", "1m")),
+        "A follower asks for votes after a silence of election_max and then a time between election_min …";
+    raft.election_max: Duration, "raft-election-max", "MAINSTEM_RAFT_ELECTION_MAX", Some(("60ms", "2m")),
+        "… and election_max.";
 
     clock.max_offline: Duration, "clock-max-offline", "MAINSTEM_CLOCK_MAX_OFFLINE", Some(("1m", "100years")),
         "A start is believed to be no longer after the last run than this. When the wall clock says more (or less than nothing), the `clock_jump` alarm is on, nothing expires and time goes on from the last run, until the clock is put right or accepted. A week: longer than most repairs take, shorter than the jumps that broken clocks make.";

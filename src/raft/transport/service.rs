@@ -170,6 +170,7 @@ fn send(
         | PeerMethod::MetaBarrier
         | PeerMethod::NodeReport
         | PeerMethod::GroupAdmin
+        | PeerMethod::NodePing
         | PeerMethod::Positions
         | PeerMethod::Fetch
         | PeerMethod::Barrier
