@@ -71,7 +71,10 @@ async fn create(control: &Control, stream: &StreamView) -> Result<(), ProposeErr
     let mut all_here = true;
     for place in &stream.shards {
         if revision_here(control, place.shard).is_some() {
-            let led = control.groups.get(place.group).is_some_and(|group| is_ours(control, &group));
+            let led = control
+                .groups
+                .get(place.group)
+                .is_some_and(|group| is_ours(control, &group));
             all_here &= led;
             continue;
         }

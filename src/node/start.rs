@@ -251,7 +251,9 @@ impl Running {
 fn facts(context: &Context, store: &Store) -> NodeFacts {
     let (config, identity) = (&context.config, store.identity());
     let told = |advertised: &Option<Addresses>, used: SocketAddr| {
-        advertised.as_ref().map_or(used.to_string(), |told| told.first().to_owned())
+        advertised
+            .as_ref()
+            .map_or(used.to_string(), |told| told.first().to_owned())
     };
     let listen = &config.listen;
     let peer_address = context.peer_listener.as_ref().map(|(_, address)| *address);

@@ -238,7 +238,11 @@ impl Control {
                 meta_replica_id: other.meta_replica_id,
             });
         pb::JoinAccepted {
-            cluster_id: self.view.cluster().map(|cluster| cluster.cluster_id).unwrap_or_default(),
+            cluster_id: self
+                .view
+                .cluster()
+                .map(|cluster| cluster.cluster_id)
+                .unwrap_or_default(),
             node_id: node.node_id,
             meta_replica_id: node.meta_replica_id,
             peers: peers.collect(),
