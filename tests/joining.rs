@@ -71,9 +71,20 @@ async fn three_nodes_form_a_cluster_and_hold_a_stream() {
         create(&cluster[other], &format!("without-{at}"), 1).await;
         cluster[at].restart().await;
         create(&cluster[at], &format!("with-{at}"), 3).await;
-        cluster[at].api().await.stream("three").await.expect("found after a restart");
+        cluster[at]
+            .api()
+            .await
+            .stream("three")
+            .await
+            .expect("found after a restart");
     }
-    let all = cluster[0].api().await.streams().list_streams(v1::ListStreamsRequest::default()).await.unwrap();
+    let all = cluster[0]
+        .api()
+        .await
+        .streams()
+        .list_streams(v1::ListStreamsRequest::default())
+        .await
+        .unwrap();
     assert_eq!(all.into_inner().streams.len(), 7);
     // All at once: nobody is there to ask.
     for node in &mut cluster.nodes {
@@ -99,7 +110,10 @@ async fn a_lost_leader_is_replaced_and_a_lost_quorum_is_told() {
     println!("admin calls work again after {:?}", begun.elapsed());
     let failure = refused(&cluster[2], spec("too-many", 3, 1)).await;
     assert_eq!(failure.reason, "NOT_ENOUGH_NODES", "{failure:?}");
-    assert!(failure.message.contains("the cluster has 3, 2 of them live"), "{failure:?}");
+    assert!(
+        failure.message.contains("the cluster has 3, 2 of them live"),
+        "{failure:?}"
+    );
     cluster[1].kill9().await;
     // A leader that is left alone notices it after a while, and what it had begun until then is not known.
     until("the quorum is known to be lost", async || {
@@ -110,7 +124,10 @@ async fn a_lost_leader_is_replaced_and_a_lost_quorum_is_told() {
     let failure = refused(&cluster[2], spec("still-alone", 1, 1)).await;
     let took = begun.elapsed();
     println!("refused after {took:?}: {}", failure.message);
-    assert_eq!((failure.reason.as_str(), failure.retry.as_str()), ("NO_QUORUM", "did_not_happen"));
+    assert_eq!(
+        (failure.reason.as_str(), failure.retry.as_str()),
+        ("NO_QUORUM", "did_not_happen")
+    );
     assert!(took < Duration::from_secs(10), "{took:?}");
     for at in [0, 1] {
         cluster[at].restart().await;
@@ -128,7 +145,12 @@ async fn a_node_joins_while_the_one_it_asks_restarts() {
     until("the joiner has tried", async || joiner.has_logged(&["not joined yet"])).await;
     cluster[0].restart().await;
     joiner.ready().await;
-    joiner.api().await.stream("one").await.expect("the joiner knows the cluster's streams");
+    joiner
+        .api()
+        .await
+        .stream("one")
+        .await
+        .expect("the joiner knows the cluster's streams");
     create(&joiner, "two", 2).await;
     // Asked to found or join again, it just starts.
     joiner.kill9().await;
@@ -161,7 +183,11 @@ async fn who_does_not_belong_is_refused_with_the_reason() {
         node
     };
     refused(with(&cluster, "--token-file", &wrong), &["the tokens differ"]).await;
-    refused(with(&cluster, "--cluster-name", "other"), &["a node of cluster \"mainstem\""]).await;
+    refused(
+        with(&cluster, "--cluster-name", "other"),
+        &["a node of cluster \"mainstem\""],
+    )
+    .await;
     refused(with(&cluster, "--name", "node-1"), &["is called \"node-1\" already"]).await;
     let mut lost = Node::new("lost", Options::plain());
     lost.set_peer_listen("127.0.0.1:0");

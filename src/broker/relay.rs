@@ -108,7 +108,8 @@ impl PeerService for Relay {
             | PeerMethod::MetaPropose
             | PeerMethod::MetaBarrier
             | PeerMethod::NodeReport
-            | PeerMethod::GroupAdmin | PeerMethod::NodePing => std::future::ready(Err(malformed("it is of another service"))).boxed(),
+            | PeerMethod::GroupAdmin
+            | PeerMethod::NodePing => std::future::ready(Err(malformed("it is of another service"))).boxed(),
         }
     }
 }

@@ -17,7 +17,9 @@ pub enum AdminError {
     #[error("the cluster's metadata is not ready on this node: {0}")]
     NotReady(String),
     /// Nothing was done: too few voters of the meta group answer.
-    #[error("the cluster's metadata has no quorum: {0}; what is published and read does not depend on it, try again later")]
+    #[error(
+        "the cluster's metadata has no quorum: {0}; what is published and read does not depend on it, try again later"
+    )]
     NoQuorum(String),
     /// Another node, asked on behalf of this one, said no or nothing.
     #[error("{message}")]

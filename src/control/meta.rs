@@ -127,7 +127,9 @@ impl Control {
             let hinted = || self.peers.as_ref().and_then(|peers| peers.map().node_of(leader));
             self.view.meta_node(leader).or_else(hinted)
         });
-        Ok(known.filter(|node| *node != self.facts.node).map_or(Leader::Nobody, Leader::At))
+        Ok(known
+            .filter(|node| *node != self.facts.node)
+            .map_or(Leader::Nobody, Leader::At))
     }
 
     /// Whether this node speaks for the meta group; one without peers always does.
@@ -148,7 +150,12 @@ impl Control {
             return error;
         };
         let voters = cluster.meta.unwrap_or_default().voters;
-        let up: Vec<NodeId> = peers.links().into_iter().filter(|link| link.up).map(|link| link.node).collect();
+        let up: Vec<NodeId> = peers
+            .links()
+            .into_iter()
+            .filter(|link| link.up)
+            .map(|link| link.node)
+            .collect();
         let reached = self
             .view
             .nodes()
@@ -244,7 +251,9 @@ impl Control {
         };
         match self.meta()?.wait_applied(index, CATCH_UP).await {
             true => Ok(()),
-            false => Err(AdminError::NotReady("its copy of the catalog is behind the leader's".into())),
+            false => Err(AdminError::NotReady(
+                "its copy of the catalog is behind the leader's".into(),
+            )),
         }
     }
 
@@ -341,7 +350,14 @@ impl Control {
                 let ping = pb::NodePing::decode(payload).map_err(unreadable)?;
                 self.pong(&ping).await.encode_to_vec()
             }
-            _ => return Err(AdminError::Invalid("no such call is served here".into())),
+            PeerMethod::Unspecified
+            | PeerMethod::NodeReport
+            | PeerMethod::GroupAdmin
+            | PeerMethod::Publish
+            | PeerMethod::Positions
+            | PeerMethod::Fetch
+            | PeerMethod::Barrier
+            | PeerMethod::Lookup => return Err(AdminError::Invalid("it is a call of another service".into())),
         };
         Ok(answer.into())
     }

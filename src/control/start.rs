@@ -277,7 +277,10 @@ async fn register(control: Arc<Control>, token: CancellationToken) {
             Some(Err(error)) => {
                 let text = error.to_string();
                 if text != last {
-                    tracing::warn!(error = text, "the cluster cannot be told of this start yet; it is tried again");
+                    tracing::warn!(
+                        error = text,
+                        "the cluster cannot be told of this start yet; it is tried again"
+                    );
                     last = text;
                 }
                 REGISTER_EVERY

@@ -63,7 +63,9 @@ fn peer_tls(config: &Config) -> Result<Tls, String> {
     tls::install_provider();
     let ca = Certificate::from_pem(tls::read("tls.peer_ca", ca)?);
     let identity = Identity::from_pem(tls::read("tls.cert", cert)?, tls::read("tls.key", key)?);
-    let server = ServerTlsConfig::new().identity(identity.clone()).client_ca_root(ca.clone());
+    let server = ServerTlsConfig::new()
+        .identity(identity.clone())
+        .client_ca_root(ca.clone());
     let client = ClientTlsConfig::new().identity(identity).ca_certificate(ca);
     Ok((Some(server), Some(client)))
 }
@@ -191,7 +193,9 @@ impl ClusterNode {
     ) -> Result<(), String> {
         let mut builder = server.tuned();
         if let Some(tls) = &self.server_tls {
-            builder = builder.tls_config(tls.clone()).map_err(|e| format!("tls between nodes: {e}"))?;
+            builder = builder
+                .tls_config(tls.clone())
+                .map_err(|e| format!("tls between nodes: {e}"))?;
         }
         let listener = Arc::new(listener);
         let incoming = stream::unfold(listener, |listener| async move {

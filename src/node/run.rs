@@ -118,7 +118,9 @@ impl Node {
         let mut peer = None;
         if let Some(address) = config.listen.peer {
             let told = told("peers", "--peer-listen", address);
-            let listener = BoundedListener::bind(address, PEER_CONNECTIONS_MAX).await.map_err(&told)?;
+            let listener = BoundedListener::bind(address, PEER_CONNECTIONS_MAX)
+                .await
+                .map_err(&told)?;
             let address = listener.local_addr().map_err(&told)?;
             peer = Some((Arc::new(Mutex::new(Some(listener))), address));
         }

@@ -50,7 +50,9 @@ impl ClusterHints {
         let parsed = text.and_then(|text| Self::parse(&text));
         parsed.map(Some).map_err(|fault| match fault {
             TextFault::Bad(why) => error(format!("it is damaged: {why}")),
-            TextFault::Newer(version) => error(format!("it is of a later version ({version}); install a newer version")),
+            TextFault::Newer(version) => {
+                error(format!("it is of a later version ({version}); install a newer version"))
+            }
         })
     }
 

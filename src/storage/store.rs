@@ -201,7 +201,8 @@ impl Store {
             std::mem::replace(&mut identity.node_id, node)
         };
         // One write has both.
-        self.set_cluster(cluster_id).inspect_err(|_| self.identity.lock().node_id = before)
+        self.set_cluster(cluster_id)
+            .inspect_err(|_| self.identity.lock().node_id = before)
     }
 
     /// Raft logs.

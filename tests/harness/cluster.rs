@@ -36,7 +36,9 @@ impl Cluster {
         for _ in 1..n {
             cluster.join().await;
         }
-        cluster.voters_are(if n % 2 == 1 { n.min(5) } else { (n - 1).min(5) }).await;
+        cluster
+            .voters_are(if n % 2 == 1 { n.min(5) } else { (n - 1).min(5) })
+            .await;
         cluster
     }
 
@@ -74,7 +76,9 @@ impl Cluster {
     pub async fn voters_are(&mut self, voters: usize) {
         let what = format!("voters={voters}");
         until("the meta group has its voters", async || {
-            self.nodes.iter().any(|node| node.has_logged(&["the meta group's voters", &what]))
+            self.nodes
+                .iter()
+                .any(|node| node.has_logged(&["the meta group's voters", &what]))
         })
         .await;
     }

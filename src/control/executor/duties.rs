@@ -59,7 +59,12 @@ pub(super) fn current(group: &Group) -> BTreeSet<ReplicaId> {
                 && replica.lag <= LAG_MAX
                 && replica.last_ack.is_some_and(|ack| ack <= ANSWER_MAX))
     };
-    report.replicas.iter().filter(has).map(|replica| replica.replica).collect()
+    report
+        .replicas
+        .iter()
+        .filter(has)
+        .map(|replica| replica.replica)
+        .collect()
 }
 
 /// One thing to do.
@@ -85,7 +90,9 @@ pub async fn serve_groups(control: Arc<Control>, token: CancellationToken) {
             if busy.contains(&group.id) || !group.leads_quorum(QUORUM_AGE) {
                 continue;
             }
-            let ordered = orders.iter().find(|(id, to)| *id == group.id && group.members().voters.contains(to));
+            let ordered = orders
+                .iter()
+                .find(|(id, to)| *id == group.id && group.members().voters.contains(to));
             let duty = ordered.map(|(_, to)| Duty::HandOver(*to));
             if let Some(duty) = duty.or_else(|| control.duty_of(&group)) {
                 busy.insert(group.id);
@@ -179,7 +186,9 @@ fn data_duty(
     if !wanted.contains(&own) {
         // A leader is never removed: it hands over to a voter that stays, or, if none does, goes on as the joint change
         // makes one: until then it has nobody to hand over to.
-        let heir = wanted.iter().find(|id| members.voters.contains(id) && current.contains(id));
+        let heir = wanted
+            .iter()
+            .find(|id| members.voters.contains(id) && current.contains(id));
         if let Some(heir) = heir {
             return Some(Duty::HandOver(*heir));
         }
@@ -299,7 +308,9 @@ mod tests {
             group_id: 7,
             formed: true,
             epoch: 4,
-            replicas: voters.chain(learners.iter().map(replica(pb::ReplicaRole::Learner))).collect(),
+            replicas: voters
+                .chain(learners.iter().map(replica(pb::ReplicaRole::Learner)))
+                .collect(),
             change: (!learners.is_empty() || !remove.is_empty()).then_some(change),
             ..pb::GroupRecord::default()
         }

@@ -122,12 +122,14 @@ impl Control {
         let unsettled = streams
             .iter()
             .filter(|stream| stream.state == v1::StreamState::Creating || stream.doomed);
-        let places = unsettled.flat_map(|stream| &stream.shards).map(|place| pb::ShardPlacement {
-            index: place.index,
-            shard_id: place.shard.get(),
-            group_id: place.group.get(),
-            moving: None,
-        });
+        let places = unsettled
+            .flat_map(|stream| &stream.shards)
+            .map(|place| pb::ShardPlacement {
+                index: place.index,
+                shard_id: place.shard.get(),
+                group_id: place.group.get(),
+                moving: None,
+            });
         places.collect()
     }
 
@@ -159,8 +161,12 @@ impl Control {
         heard.reports.groups.clear();
         for (node, pong) in pongs {
             self.liveness.seen(node);
-            heard.shards_here.extend(pong.shards_here.iter().copied().map(ShardId::new));
-            heard.shards_gone.extend(pong.shards_gone.iter().copied().map(ShardId::new));
+            heard
+                .shards_here
+                .extend(pong.shards_here.iter().copied().map(ShardId::new));
+            heard
+                .shards_gone
+                .extend(pong.shards_gone.iter().copied().map(ShardId::new));
             let mut report = NodeReport {
                 last_seen: now,
                 bytes: pong.bytes,

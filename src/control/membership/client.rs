@@ -112,7 +112,9 @@ impl Joining {
             .map_err(|e| Trouble::Refused(format!("it is no address: {e}")))?
             .connect_timeout(CONNECT_MAX);
         if let Some(tls) = &self.tls {
-            endpoint = endpoint.tls_config(tls.clone()).map_err(|e| Trouble::Refused(e.to_string()))?;
+            endpoint = endpoint
+                .tls_config(tls.clone())
+                .map_err(|e| Trouble::Refused(e.to_string()))?;
         }
         let channel = endpoint.connect().await.map_err(|e| passing(chain(&e)))?;
         let (frames, outbound) = mpsc::channel(4);
@@ -210,7 +212,10 @@ async fn say(frames: &mpsc::Sender<pb::JoinFrame>, step: Step) -> Result<(), Tro
 async fn next(inbound: &mut tonic::Streaming<pb::JoinFrame>) -> Result<Step, Trouble> {
     let frame = tokio::time::timeout(STEP_MAX, inbound.message()).await;
     let frame = frame.map_err(|_| passing("it does not answer"))?;
-    match frame.map_err(|status| passing(status.message().to_owned()))?.and_then(|frame| frame.step) {
+    match frame
+        .map_err(|status| passing(status.message().to_owned()))?
+        .and_then(|frame| frame.step)
+    {
         Some(Step::Refused(refused)) if refused.retry => Err(Trouble::Passing(refused.text)),
         Some(Step::Refused(refused)) => Err(Trouble::Refused(refused.text)),
         Some(step) => Ok(step),

@@ -102,7 +102,8 @@ fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
         (
             Kind::Text
             | Kind::Path
-            | Kind::Address | Kind::Hosts
+            | Kind::Address
+            | Kind::Hosts
             | Kind::Size
             | Kind::Duration
             | Kind::Count

@@ -46,7 +46,9 @@ impl Kind {
             Kind::Address => {
                 "an address with a port, such as 127.0.0.1:7411 or [::1]:7411 (port 0: any free one)".into()
             }
-            Kind::Hosts => "HOST:PORT, such as node-1.example:7412; several with commas between where that makes sense".into(),
+            Kind::Hosts => {
+                "HOST:PORT, such as node-1.example:7412; several with commas between where that makes sense".into()
+            }
             Kind::Size => "bytes, with or without a unit: 65536, 64KiB, 128MiB, 2GiB, 10GB".into(),
             Kind::Duration => "a number with a unit: 250ms, 5s, 2m, 1h, 1m 30s".into(),
             Kind::Count => "a whole number".into(),
@@ -59,7 +61,9 @@ impl Kind {
     /// Whether the value stands in quotes in TOML.
     pub fn is_quoted(self) -> bool {
         match self {
-            Kind::Text | Kind::Path | Kind::Address | Kind::Hosts | Kind::Size | Kind::Duration | Kind::Choice(_) => true,
+            Kind::Text | Kind::Path | Kind::Address | Kind::Hosts | Kind::Size | Kind::Duration | Kind::Choice(_) => {
+                true
+            }
             Kind::Count | Kind::Ratio | Kind::Switch => false,
         }
     }

@@ -130,7 +130,9 @@ fn cluster(config: &Config, wrong: &mut Vec<String>) {
             !(host == "localhost" || address.parse().is_ok_and(is_private))
         };
         let others = cluster.join.iter().flat_map(|join| &join.0);
-        let far_away = others.chain(listen.advertise_peer.iter().flat_map(|told| &told.0)).find(far);
+        let far_away = others
+            .chain(listen.advertise_peer.iter().flat_map(|told| &told.0))
+            .find(far);
         if !is_private(peer) || far_away.is_some() {
             wrong.push(
                 "cluster.token_file is not set: nodes that others can reach prove to each other that they hold the \
