@@ -289,20 +289,25 @@ impl StreamService for Streams {
             .map_err(Refusal::from)?;
         let mut purged = 0;
         for access in shards {
-            let Some(group) = access.replica() else {
-                return Err(Refusal::from(crate::broker::error::StreamError::NotLeader {
-                    name: request.name,
-                    shard: access.place.index,
-                    leader: None,
-                })
-                .into());
+            let leader = access
+                .replica()
+                .filter(|group| group.leads() || self.edge.broker.is_alone());
+            purged += match leader {
+                Some(group) => {
+                    let purging = self
+                        .edge
+                        .control
+                        .purge_shard(group, access.place.shard, upto, &request.filter);
+                    purging.await.map_err(Refusal::from)?
+                }
+                None => {
+                    let purge = upto
+                        .of_shard(access.place.shard, &request.filter)
+                        .map_err(Refusal::from)?;
+                    let purging = self.edge.broker.purge_at_leader(&access, purge);
+                    purging.await.map_err(Refusal::from)?
+                }
             };
-            purged += self
-                .edge
-                .control
-                .purge_shard(group, access.place.shard, upto, &request.filter)
-                .await
-                .map_err(Refusal::from)?;
         }
         Ok(Response::new(v1::PurgeStreamResponse {
             purged_messages: purged,

@@ -6,6 +6,7 @@ pub mod error;
 mod expiry;
 pub mod ingest;
 pub mod lookup;
+mod purge;
 pub mod reader;
 mod relay;
 mod relay_codec;
@@ -218,6 +219,11 @@ impl Broker {
         let follow = remote::follow(Arc::downgrade(&remote), self.router.clone(), self.tasks.token());
         self.tasks.spawn(format!("follow {}", place.shard), follow);
         remote
+    }
+
+    /// Whether there are no other nodes: every replica is here, and leads.
+    pub fn is_alone(&self) -> bool {
+        self.router.peers.is_none()
     }
 
     fn router(&self) -> &Router {

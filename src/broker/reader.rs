@@ -219,7 +219,7 @@ impl ShardReader {
     /// Whether the replica that is read has left this node: nothing new comes from it.
     fn is_orphan(&self) -> bool {
         match &self.source {
-            Source::Here { shared, groups } => groups.get(shared.group).is_none(),
+            Source::Here { shared, groups } => !groups.holds(shared.group),
             Source::There(_) => false,
         }
     }

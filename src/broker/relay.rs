@@ -10,12 +10,12 @@ use futures_util::future::BoxFuture;
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::Broker;
 use super::error::PublishError;
 use super::ingest::{Item, Outcome, ReplyTo};
 use super::reader::FILL_BYTES;
 use super::relay_codec::{outcome_to_pb, positions_from_pb, positions_to_pb};
 use super::remote::{POLL, news};
+use super::{Broker, purge};
 use crate::base::RetryClass;
 use crate::machine::port::ShardView;
 use crate::model::limits::ENTRY_ITEMS_MAX;
@@ -53,33 +53,34 @@ struct Here {
     shared: Arc<ShardShared>,
 }
 
-type Answer = Result<Bytes, CallFailure>;
+pub(super) type Answer = Result<Bytes, CallFailure>;
 
-fn refused(message: impl Into<String>) -> CallFailure {
+pub(super) fn refused(message: impl Into<String>) -> CallFailure {
     CallFailure {
         message: message.into(),
         retry: RetryClass::DidNotHappen,
     }
 }
 
-fn malformed(e: impl std::fmt::Display) -> CallFailure {
+pub(super) fn malformed(e: impl std::fmt::Display) -> CallFailure {
     CallFailure {
         message: format!("the call cannot be read: {e}"),
         retry: RetryClass::CannotWork,
     }
 }
 
-fn encoded(message: &impl Message) -> Answer {
+pub(super) fn encoded(message: &impl Message) -> Answer {
     Ok(message.encode_to_vec().into())
 }
 
 impl Relay {
-    pub const METHODS: [PeerMethod; 5] = [
+    pub const METHODS: [PeerMethod; 6] = [
         PeerMethod::Publish,
         PeerMethod::Positions,
         PeerMethod::Fetch,
         PeerMethod::Barrier,
         PeerMethod::Lookup,
+        PeerMethod::Purge,
     ];
 
     pub fn new(broker: &Arc<Broker>) -> Arc<Self> {
@@ -95,21 +96,23 @@ impl PeerService for Relay {
         let Some(broker) = self.broker.upgrade() else {
             return std::future::ready(Err(refused("the node is stopping"))).boxed();
         };
-        match method {
-            PeerMethod::Publish => publish(&broker, payload),
-            PeerMethod::Positions => positions(broker, payload).boxed(),
-            PeerMethod::Fetch => match self.fetches.clone().try_acquire_owned() {
+        if method == PeerMethod::Publish {
+            publish(&broker, payload)
+        } else if method == PeerMethod::Fetch {
+            match self.fetches.clone().try_acquire_owned() {
                 Ok(place) => fetch(broker, payload, place).boxed(),
                 Err(_) => std::future::ready(Err(refused("the node answers as many fetches as it may"))).boxed(),
-            },
-            PeerMethod::Barrier => barrier(broker, payload).boxed(),
-            PeerMethod::Lookup => look_up(broker, payload).boxed(),
-            PeerMethod::Unspecified
-            | PeerMethod::MetaPropose
-            | PeerMethod::MetaBarrier
-            | PeerMethod::NodeReport
-            | PeerMethod::GroupAdmin
-            | PeerMethod::NodePing => std::future::ready(Err(malformed("it is of another service"))).boxed(),
+            }
+        } else if method == PeerMethod::Positions {
+            positions(broker, payload).boxed()
+        } else if method == PeerMethod::Barrier {
+            barrier(broker, payload).boxed()
+        } else if method == PeerMethod::Lookup {
+            look_up(broker, payload).boxed()
+        } else if method == PeerMethod::Purge {
+            purge::serve(broker, payload).boxed()
+        } else {
+            std::future::ready(Err(malformed("it is of another service"))).boxed()
         }
     }
 }

@@ -18,7 +18,9 @@ use crate::wire::internal as pb;
 /// A replica that has known no leader for so long may itself be the one that is cut off: others are asked.
 const LONELY: Duration = Duration::from_secs(1);
 /// How long a read looks for a node that serves it.
-pub(super) const READ_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const READ_PATIENCE: Duration = Duration::from_secs(6);
+/// How long one node may take of that before the next is asked.
+const ONE_NODE: Duration = Duration::from_secs(3);
 /// Between two attempts of a read.
 const READ_PAUSE: Duration = Duration::from_millis(50);
 
@@ -208,6 +210,11 @@ impl Router {
         loop {
             for node in self.candidates(group, ask) {
                 let left = patience.saturating_sub(begun.elapsed());
+                let left = if method == PeerMethod::Positions {
+                    left
+                } else {
+                    left.min(ONE_NODE)
+                };
                 match peers.call(node, method, payload.clone(), left).await.map(&parse) {
                     Ok(Told::Answer(answer)) => {
                         if ask == Ask::Leader {
@@ -216,10 +223,11 @@ impl Router {
                         return Ok(answer);
                     }
                     Ok(Told::Elsewhere(elsewhere)) => {
-                        last = format!(
-                            "node {node} does not {} {group}",
-                            ["lead", "hold"][usize::from(ask == Ask::AnyReplica)]
-                        );
+                        let what = match ask {
+                            Ask::Leader => "lead",
+                            Ask::AnyReplica => "hold",
+                        };
+                        last = format!("node {node} does not {what} {group}");
                         self.told(group, node, &elsewhere);
                     }
                     Ok(Told::Nonsense) => last = format!("node {node} answers in a way this version does not know"),

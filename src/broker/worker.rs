@@ -361,17 +361,24 @@ impl Worker {
         if self.router.peers.is_none() || waiting.relayed {
             return self.conclude(waiting, outcome);
         }
+        // Behind one of its producer that is sent again: so that answers keep their order, it is sent again as well,
+        // whatever it was answered. A number that was used up is answered as it was the first time.
+        let producer = waiting.producer();
+        if producer.is_some() && self.failed.iter().any(|f| f.producer() == producer) {
+            waiting.uncertain |= match &outcome {
+                Ok(ItemOutcome::Refused(Refusal::OutOfOrder { .. } | Refusal::UnknownProducer)) => false,
+                Ok(_) => true,
+                Err(e) => e.retry_class() == RetryClass::MayHaveHappened,
+            };
+            self.failed.push_back(waiting);
+            return;
+        }
         let again = match &outcome {
-            // One before it is sent again, and this one behind it.
-            Ok(ItemOutcome::Refused(Refusal::OutOfOrder { .. } | Refusal::UnknownProducer)) => {
-                let producer = waiting.producer();
-                self.failed.iter().any(|f| f.producer() == producer)
-            }
             Ok(_) => false,
             Err(e) if e.retry_class() == RetryClass::MayHaveHappened => {
                 // A producer's number makes a second attempt safe; nothing else does.
                 waiting.uncertain = true;
-                waiting.item.producer.is_some()
+                producer.is_some()
             }
             Err(
                 PublishError::Propose(_)

@@ -357,7 +357,8 @@ impl Control {
             | PeerMethod::Positions
             | PeerMethod::Fetch
             | PeerMethod::Barrier
-            | PeerMethod::Lookup => return Err(AdminError::Invalid("it is a call of another service".into())),
+            | PeerMethod::Lookup
+            | PeerMethod::Purge => return Err(AdminError::Invalid("it is a call of another service".into())),
         };
         Ok(answer.into())
     }

@@ -48,6 +48,27 @@ pub enum PurgeUpto {
     Keep(u64),
 }
 
+impl PurgeUpto {
+    /// The first purge to be proposed for a shard.
+    pub fn of_shard(self, shard: ShardId, filter: &str) -> Result<pb::Purge, AdminError> {
+        if !filter.is_empty() {
+            crate::model::subject::Filter::parse(filter).map_err(|e| AdminError::Invalid(e.to_string()))?;
+        }
+        let (before_sequence, keep) = match self {
+            PurgeUpto::Everything => (None, None),
+            PurgeUpto::Before(sequence) => (Some(sequence.get()), None),
+            PurgeUpto::Keep(n) => (None, Some(n)),
+        };
+        Ok(pb::Purge {
+            shard_id: shard.get(),
+            before_sequence,
+            keep,
+            filter: filter.to_owned(),
+            ..pb::Purge::default()
+        })
+    }
+}
+
 fn odd_answer() -> AdminError {
     AdminError::NotReady("the meta group answered a command with something else".into())
 }
@@ -347,22 +368,8 @@ impl Control {
         upto: PurgeUpto,
         filter: &str,
     ) -> Result<u64, AdminError> {
-        if !filter.is_empty() {
-            crate::model::subject::Filter::parse(filter).map_err(|e| AdminError::Invalid(e.to_string()))?;
-        }
-        let (before_sequence, keep) = match upto {
-            PurgeUpto::Everything => (None, None),
-            PurgeUpto::Before(sequence) => (Some(sequence.get()), None),
-            PurgeUpto::Keep(n) => (None, Some(n)),
-        };
         let mut purged = 0;
-        let mut next = pb::Purge {
-            shard_id: shard.get(),
-            before_sequence,
-            keep,
-            filter: filter.to_owned(),
-            ..pb::Purge::default()
-        };
+        let mut next = upto.of_shard(shard, filter)?;
         loop {
             let applied = self.propose_shard(group, pb::group_command::Op::Purge(next)).await?;
             match applied {

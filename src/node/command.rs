@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::config::{Config, DevArgs, Effective, ServerArgs, table};
 use super::ports::Ports;
 use super::run::{Exit, run};
-use super::{logging, start};
+use super::{dev_cluster, logging, start};
 use crate::base::Tasks;
 
 /// `mainstem server`: runs a node until it is told to stop.
@@ -20,6 +20,9 @@ pub fn server(args: &ServerArgs) -> ExitCode {
 
 /// `mainstem dev`: a node to try things on, and what to type next.
 pub fn dev(args: &DevArgs) -> ExitCode {
+    if args.nodes > 1 {
+        return several(args).into();
+    }
     let mut dir = None;
     if args.ephemeral {
         match TemporaryDir::make() {
@@ -49,6 +52,44 @@ pub fn dev(args: &DevArgs) -> ExitCode {
         println!("{}", welcome(config, ports, ephemeral))
     })
     .into()
+}
+
+/// `mainstem dev --nodes N`.
+fn several(args: &DevArgs) -> Exit {
+    if args.server.print_config {
+        eprintln!("mainstem: --print-config shows the configuration of one node: leave --nodes out");
+        return Exit::Usage;
+    }
+    let given = args
+        .server
+        .settings
+        .iter()
+        .find(|(setting, _)| setting.flag == "data-dir");
+    let mut temporary = None;
+    let dir = match given {
+        Some((_, dir)) => {
+            if let Err(error) = std::fs::create_dir_all(dir) {
+                eprintln!("mainstem: cannot make {dir}: {error}");
+                return Exit::Failed;
+            }
+            PathBuf::from(dir)
+        }
+        None => match TemporaryDir::make() {
+            Ok(made) => temporary.insert(made).path().to_owned(),
+            Err(error) => {
+                eprintln!("mainstem: cannot make a temporary directory: {error}");
+                return Exit::Failed;
+            }
+        },
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("mainstem: cannot start: {error}");
+            return Exit::Failed;
+        }
+    };
+    runtime.block_on(dev_cluster::run(args, &dir, temporary.is_none()))
 }
 
 /// What `mainstem dev` prints when it is ready.

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod command;
 pub mod config;
+mod dev_cluster;
 pub mod edge;
 pub mod engine;
 pub mod listener;

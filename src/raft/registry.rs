@@ -209,6 +209,11 @@ impl Groups {
         self.groups.read().get(&id).cloned()
     }
 
+    /// Whether a replica of the group runs here.
+    pub fn holds(&self, id: GroupId) -> bool {
+        self.groups.read().contains_key(&id)
+    }
+
     pub fn all(&self) -> Vec<Group> {
         self.groups.read().values().cloned().collect()
     }

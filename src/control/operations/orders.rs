@@ -199,12 +199,12 @@ impl Operations {
                 }),
             )
             .await?;
-        let MetaOutcome::GroupChanged(record) = &outcome else {
+        let MetaOutcome::GroupChanged(record) = outcome else {
             return Err(refused(outcome));
         };
         let gathered = Gathered::default();
         let names = self.names();
-        let report = Picture::of(&gathered).group(record, &|n| names.of(n), &|_| None);
+        let report = Picture::of(&gathered).group(&record, &|n| names.of(n), &|_| None);
         Ok(v1::MoveReplicaResponse {
             group_id: record.group_id,
             // What it waits for is not known before it has begun.
@@ -217,11 +217,10 @@ impl Operations {
 
     async fn change_node(&self, request_id: String, op: Op) -> Result<v1::Node, OrderError> {
         let outcome = self.control.propose_meta(request_id, op).await?;
-        let MetaOutcome::NodeChanged(record) = &outcome else {
+        let MetaOutcome::NodeChanged(record) = outcome else {
             return Err(refused(outcome));
         };
-        let call = pb::NodeReportCall::default();
-        let gathered = self.gatherer.all(&call, PATIENCE).await;
+        let gathered = self.gatherer.all(&pb::NodeReportCall::default(), PATIENCE).await;
         let mut nodes = self.nodes_of(&gathered, true);
         let at = nodes.iter().position(|node| node.node_id == record.node_id);
         let mut node = at.map(|at| nodes.swap_remove(at)).unwrap_or_default();

@@ -87,6 +87,11 @@ impl FromArgMatches for ServerArgs {
 /// What `mainstem dev` was given: everything `mainstem server` takes, with other defaults.
 #[derive(Debug, Clone, Default, Args)]
 pub struct DevArgs {
+    /// Start a cluster of so many nodes, one process each; with --data-dir DIR their data is kept in DIR/n1 and so on,
+    /// otherwise it is removed at the end.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=7))]
+    pub nodes: u8,
+
     /// Keep the data in a temporary directory that is removed at the end.
     #[arg(long, conflicts_with = "data-dir")]
     pub ephemeral: bool,

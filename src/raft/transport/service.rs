@@ -164,17 +164,10 @@ fn send(
     deadline: Instant,
 ) -> Result<Asked, String> {
     // By method, not by size: calls of a method must not overtake each other.
-    let lane = match method {
-        PeerMethod::Publish | PeerMethod::MetaPropose => Lane::Bulk,
-        PeerMethod::Unspecified
-        | PeerMethod::MetaBarrier
-        | PeerMethod::NodeReport
-        | PeerMethod::GroupAdmin
-        | PeerMethod::NodePing
-        | PeerMethod::Positions
-        | PeerMethod::Fetch
-        | PeerMethod::Barrier
-        | PeerMethod::Lookup => Lane::Urgent,
+    let lane = if matches!(method, PeerMethod::Publish | PeerMethod::MetaPropose) {
+        Lane::Bulk
+    } else {
+        Lane::Urgent
     };
     let bytes = 128 + payload.len();
     let left = deadline.saturating_duration_since(Instant::now());
