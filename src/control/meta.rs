@@ -350,7 +350,15 @@ impl Control {
                 let ping = pb::NodePing::decode(payload).map_err(unreadable)?;
                 self.pong(&ping).await.encode_to_vec()
             }
-            _ => return Err(AdminError::Invalid("no such call is served here".into())),
+            PeerMethod::Unspecified
+            | PeerMethod::NodeReport
+            | PeerMethod::GroupAdmin
+            | PeerMethod::Publish
+            | PeerMethod::Positions
+            | PeerMethod::Fetch
+            | PeerMethod::Barrier
+            | PeerMethod::Lookup
+            | PeerMethod::Purge => return Err(AdminError::Invalid("it is a call of another service".into())),
         };
         Ok(answer.into())
     }

@@ -23,8 +23,11 @@ pub(super) async fn run(control: Arc<Control>, token: CancellationToken) {
     let mut changes = control.view.watch();
     loop {
         changes.borrow_and_update();
-        if let Err(e) = round(&control).await {
-            tracing::warn!(error = %e, "reconciling stopped short; it is tried again");
+        // Every step is found again: none needs to be waited for when the node stops.
+        match token.run_until_cancelled(round(&control)).await {
+            None => return,
+            Some(Ok(())) => {}
+            Some(Err(e)) => tracing::warn!(error = %e, "reconciling stopped short; it is tried again"),
         }
         tokio::select! {
             () = token.cancelled() => return,

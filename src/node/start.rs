@@ -153,6 +153,17 @@ impl Running {
         );
         work.spawn_vital("clock file", note_time(&store, context.clock.clone(), work.token())?);
         work.spawn_vital("upkeep", groups.clone().upkeep(work.token()));
+        // Before the groups run: peers may call as soon as one leads here.
+        let broker = Broker::start(
+            view.clone(),
+            groups.clone(),
+            store.clone(),
+            context.clock.clone(),
+            context.alarms.clone(),
+            work.clone(),
+            context.publish_memory.clone(),
+            cluster.as_ref().map(|cluster| cluster.peers.clone()),
+        );
         let meta_start = cluster.as_ref().map(|cluster| MetaStart {
             peers: cluster.peers.clone(),
             cluster_id: cluster.cluster_id.clone(),
@@ -184,16 +195,6 @@ impl Running {
                 .set_cluster(&cluster.cluster_id)
                 .map_err(|e| format!("the cluster id could not be noted: {e}"))?;
         }
-        let broker = Broker::start(
-            view.clone(),
-            groups.clone(),
-            store.clone(),
-            context.clock.clone(),
-            context.alarms.clone(),
-            work.clone(),
-            context.publish_memory.clone(),
-            cluster.as_ref().map(|cluster| cluster.peers.clone()),
-        );
         let operations = Operations::start(
             control,
             groups.clone(),
@@ -234,10 +235,10 @@ impl Running {
 
     async fn end(&self) -> Result<(), String> {
         let work = self.work.drain(TASKS_MAX).await.map_err(|e| e.to_string());
-        self.groups.shutdown().await;
         if let Some(peers) = &self.peers {
             peers.shutdown(TASKS_MAX).await;
         }
+        self.groups.shutdown().await;
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.close())
             .await

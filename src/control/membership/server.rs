@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::proof::{self, Role, Said};
 use super::{PROTOCOL, STEP_MAX};
-use crate::control::{AdminError, Control};
+use crate::control::{AdminError, Control, odd_answer};
 use crate::machine::{MetaOutcome, MetaRefusal};
 use crate::wire::internal as pb;
 use pb::join_frame::Step;
@@ -213,17 +213,20 @@ impl Control {
             let highest = nodes.iter().map(|node| node.node_id).max().unwrap_or(0);
             join.node_id = own.map_or(highest + 1, |node| node.node_id);
             let op = pb::meta_command::Op::JoinNode(join.clone());
-            match self.propose_meta(String::new(), op).await? {
-                MetaOutcome::NodeRegistered { node, .. } => return Ok(self.accepted(&node)),
-                // Another node was given the id in the meantime, or this one was entered through another member.
-                MetaOutcome::Refused(race @ (MetaRefusal::OtherStore { .. } | MetaRefusal::StoreTaken { .. })) => {
-                    refusal = Some(race);
-                }
-                MetaOutcome::Refused(refusal) => return Err(AdminError::Refused(refusal)),
-                _ => return Err(super::super::odd_answer()),
+            let outcome = self.propose_meta(String::new(), op).await?;
+            if let MetaOutcome::NodeRegistered { node, .. } = outcome {
+                return Ok(self.accepted(&node));
             }
+            let MetaOutcome::Refused(refused) = outcome else {
+                return Err(odd_answer());
+            };
+            // Another node was given the id in the meantime, or this one was entered through another member.
+            if !matches!(refused, MetaRefusal::OtherStore { .. } | MetaRefusal::StoreTaken { .. }) {
+                return Err(AdminError::Refused(refused));
+            }
+            refusal = Some(refused);
         }
-        Err(refusal.map_or_else(super::super::odd_answer, AdminError::Refused))
+        Err(refusal.map_or_else(odd_answer, AdminError::Refused))
     }
 
     fn accepted(&self, node: &pb::NodeRecord) -> pb::JoinAccepted {
