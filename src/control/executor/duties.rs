@@ -68,6 +68,8 @@ pub(super) fn current(group: &Group) -> BTreeSet<ReplicaId> {
 }
 
 /// One thing to do.
+// There is at most one per group, for as long as it takes to do it.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq)]
 enum Duty {
     Tell(&'static str, Op),
@@ -232,7 +234,7 @@ impl Control {
                         // So that a catalog that says no is not asked again at once.
                         tokio::time::sleep(LOOK).await;
                     }
-                    return Ok(());
+                    Ok(())
                 }
                 Duty::AddLearner(replica) => group.add_learner(*replica).await.map(drop),
                 Duty::RemoveLearner(replica) => group.remove_learner(*replica).await.map(drop),

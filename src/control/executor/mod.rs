@@ -105,12 +105,8 @@ impl Control {
         self.settle_streams(heard).await;
         let Some(shape) = self.view.shape() else { return false };
         let actions = plan(&shape, &heard.reports, heard.now());
-        let mut proposals = 0;
-        for action in actions.iter().filter(|action| action.blocked.is_none()) {
-            if proposals >= PROPOSALS_MAX {
-                break;
-            }
-            proposals += 1;
+        let unblocked = actions.iter().filter(|action| action.blocked.is_none());
+        for action in unblocked.take(PROPOSALS_MAX) {
             self.carry_out(meta, action).await;
         }
         !asked.is_empty()
