@@ -263,7 +263,7 @@ mod tests {
             ),
             (
                 "[raft]\nzzz = 1",
-                "2: unknown key \"zzz\" in [raft]; there are pool_groups",
+                "2: unknown key \"zzz\" in [raft]; there are pool_groups, heartbeat, election_min, election_max",
             ),
             (
                 "node.data_dri = \"x\"",
