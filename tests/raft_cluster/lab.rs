@@ -398,7 +398,8 @@ pub fn create_shard(shard: ShardId) -> Bytes {
             duplicate_window_us: 60_000_000,
             duplicate_ids_max: 10_000,
             producers_max: 10,
-            producer_idle_us: 1_000_000,
+            // Longer than any election: a producer that waits for a leader is not forgotten.
+            producer_idle_us: 600_000_000,
             ..pb::ShardConfig::default()
         }),
     }))
