@@ -323,7 +323,7 @@ impl Planner<'_> {
             // and the one too many goes afterwards.
             let successor = match reason == ChangeReason::Balance {
                 true => None,
-                false => self.successor(standing.group, leader, &remove),
+                false => self.any_successor(standing.group, leader, &remove),
             };
             match successor {
                 Some(to) => {

@@ -19,9 +19,20 @@ impl Planner<'_> {
     /// The voter that should lead instead: live, current, on an active node, where the fewest lead.
     pub(super) fn successor(&self, group: &GroupShape, leader: ReplicaId, except: &[ReplicaId]) -> Option<ReplicaId> {
         self.heirs(group, leader)
-            .filter(|(id, _)| !except.contains(id))
+            .filter(|(id, node)| !except.contains(id) && self.is_active(*node))
             .min_by_key(|(id, node)| (self.nodes.get(node).map(|node| node.leaders), *id))
             .map(|(id, _)| id)
+    }
+
+    /// As [`Self::successor`], on a drained node if there is no other: for a leader that must go.
+    pub(super) fn any_successor(
+        &self,
+        group: &GroupShape,
+        leader: ReplicaId,
+        except: &[ReplicaId],
+    ) -> Option<ReplicaId> {
+        let heir = || self.heirs(group, leader).find(|(id, _)| !except.contains(id));
+        self.successor(group, leader, except).or_else(|| Some(heir()?.0))
     }
 
     fn heirs(&self, group: &GroupShape, leader: ReplicaId) -> impl Iterator<Item = (ReplicaId, NodeId)> {
@@ -29,7 +40,7 @@ impl Planner<'_> {
         group
             .voters()
             .filter(move |replica| replica.id != leader && current.is_some_and(|ids| ids.contains(&replica.id)))
-            .filter(|replica| self.is_active(replica.node) && !self.reports.is_damaged(replica.node, replica.id))
+            .filter(|replica| self.is_live(replica.node) && !self.reports.is_damaged(replica.node, replica.id))
             .map(|replica| (replica.id, replica.node))
     }
 
@@ -95,7 +106,7 @@ impl Planner<'_> {
             if !self.is_active(from) {
                 continue;
             }
-            for (heir, to) in self.heirs(group, leader) {
+            for (heir, to) in self.heirs(group, leader).filter(|(_, to)| self.is_active(*to)) {
                 let ways = edges.entry(from).or_default().entry(to).or_default();
                 ways.push((group.id, leader, heir));
             }
