@@ -340,10 +340,11 @@ impl Effective {
             if known {
                 continue;
             }
-            let slip = SETTINGS
+            let close = SETTINGS
                 .iter()
                 .map(|setting| setting.env)
-                .find(|env| is_one_slip(&name, env));
+                .filter(|env| is_one_slip(&name, env));
+            let slip = file::nearest(&name, close);
             if let Some(env) = slip {
                 self.warnings.push(format!(
                     "the environment variable {name} is not known; did you mean {env}?"
