@@ -44,10 +44,19 @@ impl Shared {
 
     /// Stops the store for good. The first reason stays.
     pub fn poison(&self, what: &'static str, detail: impl std::fmt::Display) -> Poison {
-        let poison = self.poison.get_or_init(|| Poison {
-            what,
-            detail: detail.to_string(),
+        let mut damage = None;
+        let poison = self.poison.get_or_init(|| {
+            let detail = detail.to_string();
+            // A compaction may meet a damaged file before any reader does: then a write is told of it.
+            if detail.starts_with("Corruption") {
+                damage = Some(format!("{what} failed: {detail}"));
+            }
+            Poison { what, detail }
         });
+        if let Some(damage) = damage {
+            let area = if what.contains("log") { Area::Log } else { Area::State };
+            self.note_damage(area, damage);
+        }
         let first = self.poison_tx.send_if_modified(|p| {
             let first = p.is_none();
             if first {
