@@ -181,7 +181,7 @@ impl StateDb {
     ///
     /// First takes a view of the state and calls `pinned` with the group's applied marker in it. Then calls `wanted`,
     /// which may wait; with `None` nothing is exported and the view is let go. The sink takes chunks of whole records,
-    /// of about [`CHUNK_BYTES`] each; false ends the export (`Ok(None)`).
+    /// of about half a mebibyte each; false ends the export (`Ok(None)`).
     pub fn export_group<S: FnMut(Bytes) -> bool>(
         &self,
         group: GroupId,
