@@ -514,7 +514,7 @@ fn tour(members: &[Member], dir: &Path, kept: bool) -> String {
          Type next, in another terminal:\n\n\
          \x20 export MAINSTEM_SERVER={servers}\n\
          \x20 mainstem cluster nodes\n\
-         \x20 mainstem stream create orders --subjects 'orders.>' --replicas {replicas} --shards 4\n\
+         \x20 mainstem stream create orders --replicas {replicas} --shards 4\n\
          \x20 mainstem bench pub --stream orders\n\
          \x20 mainstem shard ls orders                      # n1* leads, n3! is not current\n\
          \x20 mainstem shard leader step-down orders/0      # another one leads\n\
