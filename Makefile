@@ -20,6 +20,8 @@ endif
 
 MAINSTEM := $(CARGO_TARGET_DIR)/release/mainstem
 ROUNDS ?= 100
+SCHEDULES ?= 200
+SEEDS ?= 500
 FIGURE ?=
 
 .PHONY: help deps build demo test check tidy fix bench torture clean-data
@@ -57,9 +59,11 @@ fix: ## Format, and apply what clippy can
 bench: build ## All figures, or one: make bench FIGURE=name
 	"$(CARGO_TARGET_DIR)/release/mainstem-bench" $(if $(FIGURE),--figure "$(FIGURE)")
 
-torture: build ## Crash rounds: make torture ROUNDS=100 SEED=7
+torture: build ## Crash rounds, fault schedules of clusters, simulated clusters: make torture ROUNDS=100 SCHEDULES=200 SEEDS=500 SEED=7
 	ROUNDS=$(ROUNDS) $(if $(SEED),SEED=$(SEED)) cargo test --release --locked --workspace --test torture -- --nocapture --test-threads=1
 	ROUNDS=$(ROUNDS) $(if $(SEED),SEED=$(SEED)) cargo test --release --locked --workspace --test accidents -- --nocapture
+	ROUNDS=$(SCHEDULES) $(if $(SEED),SEED=$(SEED)) cargo test --release --locked --workspace --test cluster_faults -- random_schedules --include-ignored --nocapture
+	SEEDS=$(SEEDS) $(if $(SEED),SEED=$(SEED)) cargo test --release --locked --workspace --test simulation -- --nocapture --test-threads=1
 
 clean-data: ## Remove what demos and tests that were cut short left in the temporary directory
 	rm -rf -- "$${TMPDIR:-/tmp}"/mainstem-demo.* "$${TMPDIR:-/tmp}"/mainstem-test-*

@@ -21,6 +21,8 @@ struct Dev {
     lines: Receiver<String>,
     /// Name, client address and process of each node.
     nodes: BTreeMap<String, (String, u32)>,
+    /// What it proposes to type.
+    tour: Vec<String>,
 }
 
 /// What a stream says, line by line.
@@ -53,6 +55,7 @@ impl Dev {
             child,
             lines: receiver,
             nodes: BTreeMap::new(),
+            tour: Vec::new(),
         };
         // The tour: "  n1   clients 127.0.0.1:…   status …   process 17   log …", and at its end how to stop it.
         loop {
@@ -61,6 +64,10 @@ impl Dev {
             if let [name, "clients", address, "status", _, "process", pid, ..] = words.as_slice() {
                 dev.nodes
                     .insert(name.to_string(), (address.to_string(), pid.parse().unwrap()));
+            }
+            let typed = line.split(" # ").next().unwrap_or_default().trim();
+            if let Some(command) = typed.strip_prefix("mainstem ") {
+                dev.tour.push(command.to_owned());
             }
             if line.starts_with("Ctrl-C") {
                 return dev;
@@ -203,6 +210,41 @@ async fn three_nodes_form_a_cluster_survive_one_and_come_back() {
     dev.ok("cluster health --exit-when-healthy --nodes 3 --within 60s");
     let client = Client::connect(&dev.addresses()).await.unwrap();
     assert_eq!(client.get_stream("orders").await.unwrap().shards[0].tail, 5);
+    dev.stop();
+}
+
+/// Every line of the tour does what it says.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tour_can_be_typed() {
+    let place = tempfile::tempdir().unwrap();
+    let dev = Dev::start(3, place.path());
+    let mut tour = dev.tour.clone();
+    assert_eq!(tour.pop().as_deref(), Some("cluster health"), "after one was killed");
+    for line in &tour {
+        let line = match line.as_str() {
+            // Fewer, for a test; and events go on for ever.
+            bench if bench.starts_with("bench") => format!("{bench} -n 20k"),
+            "cluster events" => format!("{line} --count 1"),
+            line => line.to_owned(),
+        };
+        let said = dev.ok(&line);
+        println!("$ mainstem {line}\n{said}");
+        if line.starts_with("shard ls") {
+            assert!(said.contains("n1") && said.contains("3 of 3"), "{said}");
+        }
+    }
+    assert!(tour.len() >= 6, "{tour:?}");
+    // Its nodes have the numbers of their names, and their logs are a page that can be read.
+    let client = Client::connect(&dev.addresses()).await.unwrap();
+    for node in client.nodes(false).await.unwrap() {
+        assert_eq!(node.name, format!("n{}", node.node_id));
+        let log = std::fs::read_to_string(place.path().join(format!("{}.log", node.name))).unwrap();
+        let errors = log.lines().filter(|line| line.contains("ERROR")).count();
+        assert!(errors == 0 && log.lines().count() < 60, "{}: {log}", node.name);
+    }
+    signal(dev.nodes["n3"].1, libc::SIGKILL);
+    dev.until("n3 has ended by itself");
+    assert_eq!(dev.cli("cluster health").status.code(), Some(10));
     dev.stop();
 }
 

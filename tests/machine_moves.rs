@@ -2,14 +2,19 @@
 //! sequences, producers and ids go on, and only one of the two groups ever writes.
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
+mod catalog_support;
 mod machine_support;
 
+use catalog_support::Catalog;
 use machine_support::{GROUP, Record, SHARD, Store, encode};
 use mainstem::machine::group::waits_for;
-use mainstem::machine::{AdoptFault, ApplyError, GroupMachine, GroupOutcome, ItemOutcome, ShardMachine};
+use mainstem::machine::port::ShardView as _;
+use mainstem::machine::{
+    AdoptFault, ApplyError, GroupMachine, GroupOutcome, ItemOutcome, MetaOutcome, MetaRefusal, ShardMachine,
+};
 use mainstem::model::batch::Codec;
 use mainstem::model::{GroupId, LogIndex, Sequence, Term};
-use mainstem::wire::internal::v1::{self as pb, group_command::Op};
+use mainstem::wire::internal::v1::{self as pb, group_command::Op, meta_command::Op as MetaOp};
 use proptest::prelude::*;
 
 const TO: GroupId = GroupId::new(9);
@@ -290,4 +295,93 @@ fn a_producer_goes_on_in_the_new_group() {
         first_of(apply(&mut to, &store, publish(150, 1, 2, None)).unwrap()),
         (Sequence::new(2), false)
     );
+}
+
+/// Groups count their terms each for itself: a shard may come to one whose term is lower than that of its last answers.
+#[test]
+fn a_shard_may_come_to_a_group_of_a_lower_term() {
+    let store = Store::new(false);
+    let at = |machine: &mut GroupMachine, term, op| {
+        let term = Term::new(term);
+        machine.apply(&store, &mut store.clone(), term, &command(op)).unwrap()
+    };
+    let mut from = GroupMachine::data(GROUP, []);
+    at(&mut from, 7, create());
+    let (first, again) = first_of(at(&mut from, 7, publish(100, 1, 1, None)));
+    assert!(!again);
+    let (tail, digest, _) = sealed(at(&mut from, 7, seal(TO, 5)));
+    let mut to = GroupMachine::data(TO, []);
+    at(&mut to, 2, adopt(GROUP, 5, tail, digest));
+    let (second, again) = first_of(at(&mut to, 2, publish(200, 1, 2, None)));
+    assert!(second > first && !again);
+    // The answers are told again as they were, also from what was written.
+    assert_eq!(first_of(at(&mut to, 2, publish(300, 1, 1, None))), (first, true));
+    let found = store.shard_state(SHARD).unwrap().unwrap();
+    let producers = found.producers.iter().map(|(id, record)| (*id, record.as_ref()));
+    let blocks = found.id_blocks.iter().map(|(at, block)| (*at, block.as_ref()));
+    let loaded = ShardMachine::load(SHARD, TO, &found.record, producers, blocks).unwrap();
+    let mut loaded = GroupMachine::data(TO, [loaded]);
+    let GroupOutcome::Published(items) = at(&mut loaded, 3, publish(400, 1, 1, None)) else {
+        panic!("not published");
+    };
+    let [ItemOutcome::Stored(stored)] = items.as_slice() else {
+        panic!("{items:?}");
+    };
+    assert_eq!((stored.first, stored.term), (first, Term::new(7)));
+}
+
+#[test]
+fn a_move_that_is_given_up_leaves_the_shard_where_it_is() {
+    let mut catalog = Catalog::new(3);
+    let (stream_id, shard_id, from) = catalog.stream("s", 3, false);
+    let plan = || {
+        MetaOp::PlanShardMove(pb::PlanShardMove {
+            shard_id,
+            stream_id: stream_id.clone(),
+            ..pb::PlanShardMove::default()
+        })
+    };
+    let moving = |catalog: &Catalog| catalog.machine.stream_by_name("default", "s").unwrap().shards[0].moving;
+    let abort = |move_id| {
+        MetaOp::AbortShardMove(pb::AbortShardMove {
+            shard_id,
+            stream_id: stream_id.clone(),
+            move_id,
+            why: "it was removed".into(),
+        })
+    };
+    catalog.done(plan());
+    let first = moving(&catalog).unwrap();
+    assert!(matches!(
+        catalog.refused(abort(first.move_id + 1)),
+        MetaRefusal::StaleEpoch { .. }
+    ));
+    let outcome = catalog.done(abort(first.move_id));
+    assert!(
+        matches!(outcome, MetaOutcome::ShardMoved { to, .. } if to.get() == from),
+        "{outcome:?}"
+    );
+    assert_eq!(moving(&catalog), None);
+    assert!(
+        catalog.machine.group(GroupId::new(first.to_group)).is_none(),
+        "its new group goes"
+    );
+    assert_eq!(catalog.group(from).shards, 1);
+    // Once it is sealed there is no way back.
+    catalog.done(plan());
+    let second = moving(&catalog).unwrap();
+    assert!(second.to_group > first.to_group && second.move_id > first.move_id);
+    catalog.form(second.to_group);
+    catalog.done(MetaOp::ShardSealed(pb::ShardSealed {
+        shard_id,
+        stream_id: stream_id.clone(),
+        move_id: second.move_id,
+        seal: Some(pb::Seal {
+            index: 3,
+            tail: 1,
+            digest: 1,
+        }),
+    }));
+    let refusal = catalog.refused(abort(second.move_id));
+    assert!(refusal.to_string().contains("can only go on"), "{refusal}");
 }

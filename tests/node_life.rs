@@ -87,6 +87,10 @@ impl Engine for TestEngine {
         Arc::new(Data)
     }
 
+    fn hand_over(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     fn drain(&self) -> BoxFuture<'_, ()> {
         assert!(*self.context.draining.borrow(), "the sessions are told first");
         async {}.boxed()

@@ -47,7 +47,7 @@ fn must_be_found(what: &str, bug: Change) {
     };
     let rng = proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
     let mut runner = proptest::test_runner::TestRunner::new_with_rng(config, rng);
-    for round in 0..60 {
+    for round in 0..256 {
         let story = story().new_tree(&mut runner).unwrap().current();
         // What harms nothing at all may be found by a panic of the world, too.
         let lived = std::panic::catch_unwind(|| live(&story, Some(bug)));

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstem::model::{GroupId, LogIndex, NodeId};
+use mainstem::model::{GroupId, LogIndex, NodeId, ReplicaId};
 use mainstem::storage::{Done, LogDb, OpenError, StorageError, Store, StoreOptions};
 
 fn options(dir: &std::path::Path) -> StoreOptions {
@@ -225,7 +225,7 @@ fn a_quarantined_group_is_kept_and_not_written() {
     {
         let store = open(dir.path());
         append(store.log(), g(5), 0, 10, "kept").unwrap();
-        store.log().drop_group(g(5));
+        wait(|d| store.log().set_aside(g(5), d)).unwrap();
         assert!(matches!(
             append(store.log(), g(5), 10, 11, "no"),
             Err(StorageError::Quarantined(_))
@@ -236,6 +236,46 @@ fn a_quarantined_group_is_kept_and_not_written() {
     assert!(store.log().groups().is_empty());
     assert_eq!(store.log().quarantined(), vec![g(5)]);
     assert_eq!(texts(store.log(), g(5), 0, 10).len(), 10);
+}
+
+#[test]
+fn a_group_that_was_cleared_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let owner = |store: &Store| store.log().meta(g(5)).unwrap().owner;
+    {
+        let store = open(dir.path());
+        let log = store.log();
+        wait(|d| log.own(g(5), ReplicaId::new(7), d)).unwrap();
+        append(log, g(5), 0, 200, "old").unwrap();
+        append(log, g(6), 0, 3, "other").unwrap();
+        wait(|d| log.save_vote(g(5), Bytes::from_static(b"vote"), d)).unwrap();
+        wait(|d| log.purge(g(5), i(20), Bytes::from_static(b"id"), d)).unwrap();
+        log.save_committed(g(5), Bytes::from_static(b"hint"));
+        wait(|d| log.set_aside(g(5), d)).unwrap();
+        assert_eq!(owner(&store), Some(ReplicaId::new(7)));
+    }
+    {
+        let store = open(dir.path());
+        let log = store.log();
+        assert_eq!(owner(&store), Some(ReplicaId::new(7)));
+        wait(|d| log.clear(g(5), Some(ReplicaId::new(7)), d)).unwrap();
+        let left = log.meta(g(5)).unwrap();
+        assert_eq!(
+            (left.owner, left.retired, left.last),
+            (None, Some(ReplicaId::new(7)), None)
+        );
+        assert!(log.quarantined().is_empty() && log.groups() == [g(6)]);
+        wait(|d| log.own(g(5), ReplicaId::new(9), d)).unwrap();
+        // Another replica's log may begin anywhere.
+        append(log, g(5), 300, 303, "new").unwrap();
+    }
+    let store = open(dir.path());
+    assert_eq!(owner(&store), Some(ReplicaId::new(9)));
+    assert_eq!(store.log().meta(g(5)).unwrap().retired, Some(ReplicaId::new(7)));
+    let meta = store.log().meta(g(5)).unwrap();
+    assert_eq!((meta.vote, meta.purged, meta.first), (None, None, Some(i(300))));
+    assert_eq!(texts(store.log(), g(5), 300, 303).len(), 3);
+    assert_eq!(texts(store.log(), g(6), 0, 3).len(), 3);
 }
 
 #[test]

@@ -19,6 +19,8 @@ pub struct PublishLoad {
     pub message_bytes: usize,
     pub subjects: usize,
     pub shards: u32,
+    /// One node for each.
+    pub replicas: u32,
     /// Every sync takes this long (preload library).
     pub sync_ms: Option<u64>,
     /// Size of a batch: what Mainstem's publisher fills, and what the storage limit writes.
@@ -35,6 +37,7 @@ impl PublishLoad {
             message_bytes,
             subjects,
             shards: 1,
+            replicas: 1,
             sync_ms: None,
             batch_bytes: 256 << 10,
             sync_bytes: Arc::default(),
@@ -61,6 +64,7 @@ impl PublishLoad {
         put("message_bytes", format!("{} (random payload)", self.message_bytes));
         put("subjects", self.subjects.to_string());
         put("shards", self.shards.to_string());
+        put("replicas", self.replicas.to_string());
         put("message_ids", "none".to_owned());
         conditions
     }
@@ -114,7 +118,7 @@ pub async fn alternate(lab: &Lab, load: &PublishLoad, contestants: &[&dyn Publis
     Ok(outcome)
 }
 
-/// Processor time of a server, per message, from the readings at both ends.
+/// Processor time of a contestant's servers, per message, from the readings at both ends.
 pub fn tell_cpu(told: &mut BTreeMap<String, String>, readings: Vec<Result<Duration>>, messages: u64) {
     if let [Ok(before), Ok(after)] = readings.as_slice() {
         let micros = (*after - *before).as_secs_f64() * 1e6 / messages.max(1) as f64;

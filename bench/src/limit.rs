@@ -3,7 +3,7 @@
 //! The same shape of writes as a node's: batches, several of them in one synced write of the log-like instance (WAL
 //! on), then one unsynced write of the state-like one (WAL off, large values in blob files); the log is dropped up to
 //! what the state has flushed. No network, no encoding, no check sums of ours, no indexes, no Raft, and everything in
-//! this process.
+//! this process. Against several replicas: as many pairs side by side, each of which is given all the bytes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -69,9 +69,15 @@ impl Publishes for Limit {
 
     fn publish<'a>(&'a self, lab: &'a Lab, load: &'a PublishLoad) -> BoxFuture<'a, Result<Turn>> {
         Box::pin(async move {
-            let dir = lab.dir()?;
-            let load = load.clone();
-            tokio::task::spawn_blocking(move || run(dir.path(), &load)).await?
+            let dirs = (0..load.replicas).map(|_| lab.dir()).collect::<Result<Vec<_>>>()?;
+            let pairs = dirs.iter().map(|dir| {
+                let (dir, load) = (dir.path().to_path_buf(), load.clone());
+                async move { tokio::task::spawn_blocking(move || run(&dir, &load)).await? }
+            });
+            let mut turns: Vec<Turn> = futures_util::future::try_join_all(pairs).await?;
+            let rate = turns.iter().map(|turn| turn.rate).sum::<f64>() / turns.len() as f64;
+            let told = turns.pop().context("a pair")?.told;
+            Ok(Turn { rate, told })
         })
     }
 }
@@ -115,7 +121,9 @@ fn run(dir: &Path, load: &PublishLoad) -> Result<Turn> {
     })?;
 
     state.flush_opt(&flush_and_wait())?;
-    let published = stored.load(Ordering::Relaxed) * shape.batch_messages * load.message_bytes as u64;
+    // What is written is counted for the whole process: for all pairs.
+    let published =
+        stored.load(Ordering::Relaxed) * shape.batch_messages * load.message_bytes as u64 * u64::from(load.replicas);
     let written = own_written_bytes()? - written_before;
     let mut told = BTreeMap::new();
     let mut tell = |name: &str, value: String| told.insert(name.to_owned(), value);

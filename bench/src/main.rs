@@ -8,6 +8,7 @@ mod lab;
 mod limit;
 mod mainstem;
 mod nats;
+mod node;
 mod payload;
 mod process;
 mod report;

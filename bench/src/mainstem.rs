@@ -1,8 +1,7 @@
 //! Mainstem itself: the real server as a process with its defaults, driven by its own Rust client.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,102 +9,188 @@ use futures_util::future::BoxFuture;
 use hdrhistogram::Histogram;
 use mainstem::client::proto::{Limits, StreamSpec};
 use mainstem::client::{Client, Message, Publisher, Start};
-use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 
 use crate::contest::{Meter, PublishLoad, Publishes, Turn, tell_cpu};
 use crate::lab::Lab;
+use crate::node::Node;
 use crate::payload::{Payloads, Subjects};
-use crate::process::{Ended, Process};
+use crate::process::{Ended, Process, free_ports};
 
 /// The stream of most figures; subjects `s.0` and so on are its own by default.
 pub const STREAM: &str = "s";
 const PUBLISHERS: usize = 2;
 /// Messages between two chances for other tasks to run: giving a message to the publisher seldom waits.
 const YIELD_EVERY: u64 = 128;
-const START_TIME_MAX: Duration = Duration::from_secs(60);
-const STOP_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long nodes may take to form a cluster in which nothing is wrong.
+const FORM_TIME_MAX: Duration = Duration::from_secs(60);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// A node with a data directory of its own.
+/// One node, or several that are a cluster.
 pub struct Server {
-    process: Process,
-    client: String,
-    prometheus: Option<String>,
-    binary: PathBuf,
-    /// The preload library and the milliseconds it adds to each sync.
-    slow_sync: Option<(PathBuf, u64)>,
-    // After the process, so that it is dead when its directory goes.
-    dir: TempDir,
+    nodes: Vec<Node>,
 }
 
 impl Server {
     /// Starts one on an empty directory and waits until it is ready.
     pub async fn start(lab: &Lab, sync_ms: Option<u64>) -> Result<Self> {
-        ensure!(
-            lab.mainstem.exists(),
-            "no server at {}: build it first",
-            lab.mainstem.display()
-        );
-        if sync_ms.is_some() {
-            ensure!(
-                lab.faults.exists(),
-                "no preload library at {}: build it first",
-                lab.faults.display()
-            );
-        }
-        let dir = lab.dir()?;
-        let binary = lab.mainstem.clone();
-        let slow_sync = sync_ms.map(|ms| (lab.faults.clone(), ms));
-        let (process, ports) = run(&binary, dir.path(), slow_sync.as_ref()).await?;
-        Ok(Self {
-            process,
-            client: ports.client,
-            prometheus: ports.prometheus,
-            binary,
-            slow_sync,
-            dir,
-        })
+        let mut node = Node::new(lab, Vec::new(), sync_ms)?;
+        node.launch()?;
+        node.ready().await?;
+        Ok(Self { nodes: vec![node] })
     }
 
-    /// Starts it again on the same directory. How long that took, until it said that it is ready.
-    pub async fn restart(&mut self) -> Result<Duration> {
+    /// Starts so many, each on an empty directory, and waits until nothing is wrong with their cluster.
+    pub async fn cluster(lab: &Lab, nodes: usize, sync_ms: Option<u64>) -> Result<Self> {
+        if nodes == 1 {
+            return Self::start(lab, sync_ms).await;
+        }
+        // Theirs for good: they are started again, and the others look for them where they were.
+        let ports = free_ports(2 * nodes)?;
+        let listen = |port: u16| format!("127.0.0.1:{port}");
+        let founder = listen(ports[1]);
+        let nodes = ports.chunks(2).enumerate().map(|(n, ports)| {
+            let role = match n {
+                0 => vec!["--bootstrap".to_owned()],
+                _ => vec!["--join".to_owned(), founder.clone()],
+            };
+            let own = [
+                ("--name", node_name(n)),
+                ("--zone", format!("zone-{n}")),
+                ("--listen", listen(ports[0])),
+                ("--peer-listen", listen(ports[1])),
+            ];
+            let own = own.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
+            Node::new(lab, role.into_iter().chain(own).collect(), sync_ms)
+        });
+        let mut server = Self {
+            nodes: nodes.collect::<Result<_>>()?,
+        };
+        server.nodes[0].launch()?;
+        server.nodes[0].ready().await?;
+        for node in &mut server.nodes[1..] {
+            node.launch()?;
+        }
+        for node in &mut server.nodes[1..] {
+            node.ready().await?;
+        }
+        server.healthy().await?;
+        Ok(server)
+    }
+
+    /// A node for each replica, and the stream.
+    async fn for_load(lab: &Lab, load: &PublishLoad) -> Result<Self> {
+        let server = Self::cluster(lab, load.replicas as usize, load.sync_ms).await?;
+        server
+            .create_as(StreamSpec {
+                name: STREAM.to_owned(),
+                shards: load.shards,
+                replicas: load.replicas,
+                ..StreamSpec::default()
+            })
+            .await?;
+        Ok(server)
+    }
+
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The process of the first node.
+    pub fn process(&self) -> &Process {
+        self.nodes[0].process()
+    }
+
+    /// Processor time that all nodes have used.
+    pub fn cpu(&self) -> Result<Duration> {
+        self.nodes.iter().map(|node| node.process().cpu()).sum()
+    }
+
+    /// kill -9 of a node.
+    pub fn kill(&mut self, node: usize) -> Result<()> {
+        self.nodes[node].kill()
+    }
+
+    /// Starts a node again on the same directory. How long that took, until it said that it is ready.
+    pub async fn restart(&mut self, node: usize) -> Result<Duration> {
         let begin = Instant::now();
-        let (process, ports) = run(&self.binary, self.dir.path(), self.slow_sync.as_ref()).await?;
-        (self.process, self.client, self.prometheus) = (process, ports.client, ports.prometheus);
+        self.nodes[node].launch()?;
+        self.nodes[node].ready().await?;
         Ok(begin.elapsed())
     }
 
-    pub fn process(&self) -> &Process {
-        &self.process
-    }
-
-    /// kill -9.
-    pub fn kill(&mut self) -> Result<()> {
-        self.process.kill()
-    }
-
+    /// Ends the first node in an orderly way.
     pub async fn terminate(&mut self) -> Result<Ended> {
-        self.process.terminate(STOP_TIME_MAX).await
+        self.nodes[0].terminate().await
     }
 
+    /// Of the first node.
     pub fn data_dir(&self) -> PathBuf {
-        data_dir(self.dir.path())
+        self.nodes[0].data_dir()
+    }
+
+    /// Waits until all nodes are there, nothing is wrong, and the meta group has its voters.
+    pub async fn healthy(&self) -> Result<()> {
+        let client = self.client().await?;
+        let voters = [0, 1, 1, 3, 3][self.nodes.len().min(4)];
+        let begin = Instant::now();
+        loop {
+            // Of no stream: a short one.
+            let report = client.cluster_report(None, Vec::new()).await?;
+            let live = report.summary.unwrap_or_default().live_nodes as usize;
+            let meta = report.meta.unwrap_or_default();
+            let wrong = match report.problems.first() {
+                Some(problem) => problem.text.clone(),
+                None if live < self.nodes.len() => format!("{live} nodes are live"),
+                None if meta.voters < voters => format!("the meta group has {} voters", meta.voters),
+                None => return Ok(()),
+            };
+            ensure!(
+                begin.elapsed() < FORM_TIME_MAX,
+                "the cluster is not well after {FORM_TIME_MAX:?}: {wrong}"
+            );
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// The node that leads the only shard of a stream.
+    pub async fn leader(&self, stream: &str) -> Result<usize> {
+        let client = self.client().await?;
+        let begin = Instant::now();
+        loop {
+            let report = client.cluster_report(Some(stream), Vec::new()).await?;
+            if let Some(id) = report.shards.first().and_then(|shard| shard.leader_node) {
+                let nodes = client.nodes(false).await?;
+                let name = nodes.iter().find(|node| node.node_id == id).map(|node| &node.name);
+                let known = (0..self.nodes.len()).find(|n| Some(&node_name(*n)) == name);
+                return known.with_context(|| format!("node {id} is none of these"));
+            }
+            ensure!(begin.elapsed() < FORM_TIME_MAX, "{stream} has no leader");
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     /// A connection of its own.
     pub async fn client(&self) -> Result<Client> {
-        Client::connect(&self.client).await.context("connecting to the server")
+        let addresses: Vec<&str> = self.nodes.iter().filter_map(Node::client_address).collect();
+        Client::connect(&addresses.join(","))
+            .await
+            .context("connecting to the server")
     }
 
     /// Creates a stream of one replica, with the defaults but for what is given.
     pub async fn create(&self, name: &str, shards: u32, limits: Limits) -> Result<()> {
-        let spec = StreamSpec {
+        self.create_as(StreamSpec {
             name: name.to_owned(),
             shards,
             limits: Some(limits),
             ..StreamSpec::default()
-        };
+        })
+        .await
+    }
+
+    /// Creates a stream.
+    pub async fn create_as(&self, spec: StreamSpec) -> Result<()> {
         self.client()
             .await?
             .create_stream(spec)
@@ -186,21 +271,13 @@ impl Server {
         Ok(())
     }
 
-    /// A metric's sum over all its labels, if the server tells its metrics.
+    /// A metric's sum over all its labels and all nodes, if they tell their metrics.
     async fn metric(&self, name: &str) -> Option<f64> {
-        let mut connection = tokio::net::TcpStream::connect(self.prometheus.as_ref()?).await.ok()?;
-        connection
-            .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            .await
-            .ok()?;
-        let mut text = String::new();
-        connection.read_to_string(&mut text).await.ok()?;
-        let values = text.lines().filter_map(|line| {
-            let rest = line.strip_prefix(name)?;
-            rest.starts_with([' ', '{'])
-                .then(|| rest.rsplit_once(' ')?.1.parse::<f64>().ok())?
-        });
-        values.reduce(|a, b| a + b)
+        let mut sum = None;
+        for node in &self.nodes {
+            sum = Some(sum.unwrap_or(0.0) + node.metric(name).await?);
+        }
+        sum
     }
 
     /// Bytes and requests per synced write so far, on average.
@@ -210,6 +287,11 @@ impl Server {
         let requests = self.metric("storage_commit_requests_sum").await?;
         Some((bytes / writes, requests / writes))
     }
+}
+
+/// As the nodes of a cluster are called.
+fn node_name(index: usize) -> String {
+    format!("n{}", index + 1)
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -222,68 +304,12 @@ pub struct Stored {
     pub bytes: u64,
 }
 
-struct Ports {
-    client: String,
-    prometheus: Option<String>,
-}
-
-fn data_dir(dir: &Path) -> PathBuf {
-    dir.join("data")
-}
-
-async fn run(binary: &Path, dir: &Path, slow_sync: Option<&(PathBuf, u64)>) -> Result<(Process, Ports)> {
-    let ports_file = dir.join("ports.json");
-    // What a killed server left is not to be taken for the new one's.
-    match std::fs::remove_file(&ports_file) {
-        Ok(()) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e.into()),
-    }
-    let mut command = Command::new(binary);
-    // Nothing from around us is to change its defaults.
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("MAINSTEM_") {
-            command.env_remove(name);
-        }
-    }
-    command
-        .arg("server")
-        .arg("--data-dir")
-        .arg(data_dir(dir))
-        .arg("--ports-file")
-        .arg(&ports_file);
-    for flag in ["--listen", "--monitor-listen", "--prometheus-listen-on"] {
-        command.arg(flag).arg("127.0.0.1:0");
-    }
-    if let Some((library, sync_ms)) = slow_sync {
-        command
-            .env("LD_PRELOAD", library)
-            .env("MAINSTEM_FAULTS_SYNC_MS", sync_ms.to_string());
-    }
-    let mut process = Process::start(command, dir)?;
-    let ports = process
-        .ready(START_TIME_MAX, || ports_in(&ports_file))
-        .await
-        .context("the server")?;
-    Ok((process, ports))
-}
-
-fn ports_in(file: &Path) -> Option<Ports> {
-    let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
-    let address = |name| Some(ports.get(name)?.as_str()?.to_owned());
-    Some(Ports {
-        client: address("client")?,
-        prometheus: address("prometheus"),
-    })
-}
-
 /// The contestant.
 pub struct Mainstem;
 
 impl Mainstem {
     async fn turn(&self, lab: &Lab, load: &PublishLoad) -> Result<Turn> {
-        let server = Server::start(lab, load.sync_ms).await?;
-        server.create(STREAM, load.shards, Limits::default()).await?;
+        let server = Server::for_load(lab, load).await?;
         let meter = Meter::new(PUBLISHERS);
         let mut publishers = JoinSet::new();
         for n in 0..PUBLISHERS {
@@ -306,7 +332,7 @@ impl Mainstem {
         }
         let mut cpu = Vec::new();
         let (rate, messages) = meter
-            .measure(load.warmup, load.measure, || cpu.push(server.process.cpu()))
+            .measure(load.warmup, load.measure, || cpu.push(server.cpu()))
             .await;
         let mut sent = 0;
         while let Some(done) = publishers.join_next().await {
@@ -327,7 +353,11 @@ impl Mainstem {
             "window",
             "the publisher's default: 64 MiB unacknowledged, and the server's".to_owned(),
         );
-        tell("sync", "before each ack".to_owned());
+        let sync = match load.replicas {
+            1 => "before each ack",
+            _ => "on a quorum, before each ack",
+        };
+        tell("sync", sync.to_owned());
         tell("indexes", "all: subjects, message ids, time".to_owned());
         if let Some((bytes, requests)) = server.per_sync().await {
             load.sync_bytes_seen(bytes as u64);
@@ -339,8 +369,7 @@ impl Mainstem {
 
     /// Messages sent one after the other, each when the last was acknowledged: all times in microseconds.
     pub async fn one_at_a_time(lab: &Lab, load: &PublishLoad) -> Result<Histogram<u64>> {
-        let server = Server::start(lab, load.sync_ms).await?;
-        server.create(STREAM, load.shards, Limits::default()).await?;
+        let server = Server::for_load(lab, load).await?;
         let publisher = server.client().await?.publisher(STREAM).open().await?;
         let payloads = Payloads::new(load.message_bytes, 0);
         let subjects = Subjects::new(STREAM, load.subjects);

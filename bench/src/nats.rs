@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use crate::contest::{Meter, PublishLoad, Publishes, Turn, tell_cpu};
 use crate::lab::Lab;
 use crate::payload::{Payloads, Subjects};
-use crate::process::Process;
+use crate::process::{Process, free_ports};
 
 const STREAM: &str = "bench";
 const PUBLISHERS: usize = 2;
@@ -96,77 +96,171 @@ pub fn missing(lab: &Lab, sync_always: bool) -> Option<String> {
     }
 }
 
-/// A running nats-server with an empty store.
+/// A running nats-server with an empty store, or several that are a cluster.
 pub struct NatsServer {
+    nodes: Vec<NatsNode>,
+    /// Where clients connect first.
+    preferred: usize,
+}
+
+struct NatsNode {
     process: Process,
     url: String,
     // After the process, so that it is dead when its directory goes.
-    _dir: TempDir,
+    dir: TempDir,
 }
 
-impl NatsServer {
-    pub async fn start(lab: &Lab, sync_always: bool) -> Result<Self> {
-        if let Some(why) = missing(lab, sync_always) {
-            bail!(why);
-        }
-        let binary = lab.nats.as_ref().context("a nats-server")?;
+impl NatsNode {
+    /// `peers`: the ports at which the nodes of a cluster, this one among them, listen for each other; empty: none.
+    fn launch(binary: &NatsBinary, lab: &Lab, sync_always: bool, peers: &[u16], own: usize) -> Result<Self> {
         let dir = lab.dir()?;
         let sync = if sync_always { "sync_interval: always" } else { "" };
-        let config = format!(
-            "listen: \"127.0.0.1:-1\"\nports_file_dir: \"{0}\"\njetstream {{\n  store_dir: \"{0}/store\"\n  \
+        let place = dir.path().display();
+        let mut config = format!(
+            "listen: \"127.0.0.1:-1\"\nports_file_dir: \"{place}\"\njetstream {{\n  store_dir: \"{place}/store\"\n  \
              max_file_store: 64GB\n  {sync}\n}}\n",
-            dir.path().display()
         );
+        if let Some(port) = peers.get(own) {
+            let routes: Vec<_> = peers
+                .iter()
+                .map(|port| format!("\"nats-route://127.0.0.1:{port}\""))
+                .collect();
+            config += &format!(
+                "server_name: n{own}\ncluster {{\n  name: bench\n  listen: \"127.0.0.1:{port}\"\n  routes: [{}]\n}}\n",
+                routes.join(", ")
+            );
+        }
         let config_path = dir.path().join("nats.conf");
         std::fs::write(&config_path, config)?;
         let mut command = Command::new(&binary.path);
         command.arg("--config").arg(&config_path);
-        let mut process = Process::start(command, dir.path())?;
-        let ports = dir.path().join(format!("nats-server_{}.ports", process.pid()));
-        let url = process
-            .ready(Duration::from_secs(20), || url_in(&ports))
-            .await
-            .context("nats-server")?;
+        let process = Process::start(command, dir.path())?;
         Ok(Self {
             process,
-            url,
-            _dir: dir,
+            url: String::new(),
+            dir,
         })
+    }
+
+    async fn ready(&mut self) -> Result<()> {
+        let ports = self
+            .dir
+            .path()
+            .join(format!("nats-server_{}.ports", self.process.pid()));
+        let ready = self.process.ready(Duration::from_secs(20), || url_in(&ports));
+        self.url = ready.await.context("nats-server")?;
+        Ok(())
+    }
+}
+
+/// How long a new cluster may take until it makes a stream …
+const FORM_TIME_MAX: Duration = Duration::from_secs(60);
+/// … and one attempt at that.
+const FORM_STEP_MAX: Duration = Duration::from_secs(2);
+
+impl NatsServer {
+    pub async fn start(lab: &Lab, sync_always: bool, nodes: usize) -> Result<Self> {
+        if let Some(why) = missing(lab, sync_always) {
+            bail!(why);
+        }
+        let binary = lab.nats.as_ref().context("a nats-server")?;
+        let peers = match nodes {
+            1 => Vec::new(),
+            _ => free_ports(nodes)?,
+        };
+        let launched = (0..nodes).map(|own| NatsNode::launch(binary, lab, sync_always, &peers, own));
+        let mut server = Self {
+            nodes: launched.collect::<Result<_>>()?,
+            preferred: 0,
+        };
+        for node in &mut server.nodes {
+            node.ready().await?;
+        }
+        Ok(server)
+    }
+
+    /// Processor time that all nodes have used.
+    pub fn cpu(&self) -> Result<Duration> {
+        self.nodes.iter().map(|node| node.process.cpu()).sum()
     }
 
     async fn client(&self) -> Result<async_nats::Client> {
         async_nats::ConnectOptions::new()
             .client_capacity(8_192)
             .request_timeout(Some(ACK_TIME_MAX))
-            .connect(&self.url)
+            .connect(&self.nodes[self.preferred].url)
             .await
             .context("connecting to nats-server")
     }
 
     async fn context(&self, window: usize) -> Result<jetstream::Context> {
+        self.context_within(ACK_TIME_MAX, window).await
+    }
+
+    async fn context_within(&self, timeout: Duration, window: usize) -> Result<jetstream::Context> {
         Ok(ContextBuilder::new()
-            .timeout(ACK_TIME_MAX)
+            .timeout(timeout)
             .max_ack_inflight(window)
             .build(self.client().await?))
     }
 
-    /// One file stream over `subjects.>`: R1, no limits, no de-duplication by id asked of it (no message has one).
-    async fn stream(&self, subjects: &str) -> Result<stream::Stream> {
+    /// One file stream over `subjects.>`: as many replicas as nodes, no limits, no de-duplication by id asked of it (no
+    /// message has one). Clients connect to its leader from then on.
+    async fn stream(&mut self, subjects: &str) -> Result<stream::Stream> {
+        // A cluster without a leader yet does not answer at all.
+        let context = self.context_within(FORM_STEP_MAX, 16).await?;
+        let config = self.config(STREAM, subjects);
+        let begin = Instant::now();
+        let mut stream = loop {
+            match context.create_stream(config.clone()).await {
+                Ok(stream) => break stream,
+                // A new cluster refuses for a while.
+                Err(_) if self.nodes.len() > 1 && begin.elapsed() < FORM_TIME_MAX => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                Err(error) => return Err(error).context("creating the stream"),
+            }
+        };
+        while self.nodes.len() > 1 {
+            let leader = stream.info().await?.cluster.as_ref().and_then(|c| c.leader.clone());
+            let known = (0..self.nodes.len()).find(|n| leader.as_deref() == Some(&format!("n{n}")));
+            if let Some(leader) = known {
+                self.preferred = leader;
+                return self.context(16).await?.get_stream(STREAM).await.context("the stream");
+            }
+            ensure!(begin.elapsed() < FORM_TIME_MAX, "the stream has no leader");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(stream)
+    }
+
+    fn config(&self, name: &str, subjects: &str) -> stream::Config {
+        stream::Config {
+            name: name.to_owned(),
+            subjects: vec![format!("{subjects}.>")],
+            storage: stream::StorageType::File,
+            num_replicas: self.nodes.len(),
+            ..Default::default()
+        }
+    }
+
+    /// Creates so many streams, one after the other: how long each took.
+    pub async fn create_streams(&mut self, count: usize) -> Result<Vec<Duration>> {
+        // The cluster is warm when it has made one.
+        self.stream("warm").await?;
         let context = self.context(16).await?;
-        context
-            .create_stream(stream::Config {
-                name: STREAM.to_owned(),
-                subjects: vec![format!("{subjects}.>")],
-                storage: stream::StorageType::File,
-                num_replicas: 1,
-                ..Default::default()
-            })
-            .await
-            .context("creating the stream")
+        let mut times = Vec::with_capacity(count);
+        for n in 0..count {
+            let config = self.config(&format!("s{n}"), &format!("s{n}"));
+            let begin = Instant::now();
+            context.create_stream(config).await.context("creating a stream")?;
+            times.push(begin.elapsed());
+        }
+        Ok(times)
     }
 
     /// Publishes numbers from..to in order over one connection.
-    pub async fn fill(&self, payloads: &Payloads, messages: u64) -> Result<()> {
+    pub async fn fill(&mut self, payloads: &Payloads, messages: u64) -> Result<()> {
         let mut stream = self.stream("s").await?;
         let window = 4_000;
         let context = self.context(window).await?;
@@ -228,7 +322,7 @@ async fn take_ack(acks: &mut VecDeque<jetstream::context::PublishAckFuture>) -> 
     Ok(())
 }
 
-/// The contestant: R1, with its default of syncing every two minutes, or with a sync before each ack.
+/// The contestant, with its default of syncing every two minutes, or with a sync before each ack.
 pub struct Nats {
     sync_always: bool,
     window: OnceCell<usize>,
@@ -243,7 +337,7 @@ impl Nats {
     }
 
     async fn turn(&self, lab: &Lab, load: &PublishLoad, window: usize) -> Result<Turn> {
-        let server = NatsServer::start(lab, self.sync_always).await?;
+        let mut server = NatsServer::start(lab, self.sync_always, load.replicas as usize).await?;
         let mut stream = server.stream("s").await?;
         let meter = Meter::new(PUBLISHERS);
         let mut publishers = JoinSet::new();
@@ -255,7 +349,7 @@ impl Nats {
         }
         let mut cpu = Vec::new();
         let (rate, messages) = meter
-            .measure(load.warmup, load.measure, || cpu.push(server.process.cpu()))
+            .measure(load.warmup, load.measure, || cpu.push(server.cpu()))
             .await;
         while let Some(done) = publishers.join_next().await {
             done??;
@@ -284,7 +378,7 @@ impl Nats {
 
     /// Messages sent one after the other, each when the last was acknowledged: all times in microseconds.
     pub async fn one_at_a_time(&self, lab: &Lab, load: &PublishLoad) -> Result<Histogram<u64>> {
-        let server = NatsServer::start(lab, self.sync_always).await?;
+        let mut server = NatsServer::start(lab, self.sync_always, load.replicas as usize).await?;
         let mut stream = server.stream("s").await?;
         let context = server.context(16).await?;
         let payloads = Payloads::new(load.message_bytes, 0);

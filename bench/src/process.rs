@@ -1,12 +1,14 @@
 //! The servers as processes: started, watched through /proc, killed with us, reaped with their account of IO.
 
 use std::fs::{self, File};
+use std::net::TcpListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use rand::Rng;
 
 /// A child. Dropped: killed and reaped.
 pub struct Process {
@@ -187,6 +189,33 @@ fn die_with_parent(command: &mut Command) {
     }
 }
 
+/// Ports of the loopback interface that are free now, for servers that must know each other's before they start, or keep
+/// theirs over a restart. Below those that the system gives to connections: none of these can sit on one meanwhile.
+pub fn free_ports(count: usize) -> Result<Vec<u16>> {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+    let given_from: u16 = range
+        .split_whitespace()
+        .next()
+        .and_then(|first| first.parse().ok())
+        .context("ip_local_port_range")?;
+    let candidates = 10_000..given_from.max(20_000);
+    // Held until all are found, so that none is taken twice.
+    let mut held = Vec::new();
+    for _ in 0..10_000 {
+        if held.len() == count {
+            break;
+        }
+        let port = rand::rng().random_range(candidates.clone());
+        held.extend(TcpListener::bind(("127.0.0.1", port)));
+    }
+    let ports = held.iter().map(|listener| Ok(listener.local_addr()?.port()));
+    let ports: Vec<u16> = ports.collect::<Result<_>>()?;
+    if ports.len() < count {
+        bail!("no {count} free ports in {candidates:?}");
+    }
+    Ok(ports)
+}
+
 /// Bytes that this process made dirty in files so far.
 pub fn own_written_bytes() -> Result<u64> {
     field(&fs::read_to_string("/proc/self/io")?, "write_bytes:")
@@ -279,6 +308,16 @@ mod tests {
         assert_eq!(ended.status.code(), Some(7));
         assert!(ended.written_bytes >= 3 << 20, "{}", ended.written_bytes);
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn ports_are_free_and_different() {
+        let ports = free_ports(20).unwrap();
+        let different: std::collections::BTreeSet<_> = ports.iter().collect();
+        assert_eq!(different.len(), 20);
+        for port in ports {
+            TcpListener::bind(("127.0.0.1", port)).unwrap();
+        }
     }
 
     #[tokio::test]

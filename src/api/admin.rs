@@ -13,9 +13,9 @@ use crate::control::reports::Picture;
 use crate::control::view::StreamView;
 use crate::model::limits::REQUEST_ID_BYTES_MAX;
 use crate::model::{GroupId, Sequence, StreamId};
-use crate::wire::v1;
 use crate::wire::v1::server_service_server::ServerService;
 use crate::wire::v1::stream_service_server::StreamService;
+use crate::wire::{internal as pb, v1};
 
 const PAGE: u32 = 100;
 const PAGE_MAX: u32 = 1_000;
@@ -105,6 +105,10 @@ fn replica_of(replica: &v1::ReplicaReport) -> v1::Replica {
         leader: replica.leader,
         state: state.to_owned(),
         lag_entries: replica.lag_entries.unwrap_or(0),
+        lag_bytes: replica.lag_bytes.unwrap_or(0),
+        lag_us: replica.lag_us.unwrap_or(0),
+        node_name: replica.node_name.clone(),
+        learner: !replica.voter,
     }
 }
 
@@ -277,11 +281,7 @@ impl StreamService for Streams {
             Some(v1::purge_stream_request::Upto::BeforeSequence(n)) => PurgeUpto::Before(Sequence::new(n)),
             Some(v1::purge_stream_request::Upto::Keep(n)) => PurgeUpto::Keep(n),
         };
-        let stream = self
-            .edge
-            .broker
-            .stream(&request.namespace, &request.name)
-            .map_err(Refusal::from)?;
+        let stream = self.edge.stream(&request.namespace, &request.name).await?;
         let shards = self
             .edge
             .broker
@@ -363,7 +363,25 @@ impl ServerService for Server {
                 .map(|l| (l.name.to_owned(), l.value))
                 .collect(),
             alarms: self.edge.alarms.names().into_iter().map(str::to_owned).collect(),
+            nodes: self.nodes(),
+            cluster_version: cluster.cluster_version.max(1),
         }))
+    }
+}
+
+impl Server {
+    /// Every node that was not removed.
+    fn nodes(&self) -> Vec<v1::ServerNode> {
+        let nodes = self.edge.broker.view().nodes().into_iter();
+        nodes
+            .filter(|node| node.state() != pb::NodeState::Removed)
+            .map(|node| v1::ServerNode {
+                node_id: node.node_id,
+                name: node.name,
+                client_address: node.client_address,
+                zone: node.zone,
+            })
+            .collect()
     }
 }
 
@@ -378,4 +396,6 @@ const FEATURES: &[&str] = &[
     "purge-by-subject",
     "undelete",
     "cluster",
+    "local-reads",
+    "leader-hints",
 ];

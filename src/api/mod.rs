@@ -23,12 +23,14 @@ use crate::base::alarms::Alarms;
 use crate::base::budget::ByteBudget;
 use crate::base::metric_names::API_OPEN_SESSIONS;
 use crate::base::tasks::Tasks;
-use crate::broker::Broker;
-use crate::broker::error::ReadError;
+use crate::broker::error::{ReadError, StreamError};
+use crate::broker::{Broker, ShardAccess};
 use crate::control::Control;
 use crate::control::operations::Operations;
+use crate::control::view::{ShardPlace, StreamView};
+use crate::model::NodeId;
 use crate::model::limits::GRPC_MESSAGE_BYTES_MAX;
-use crate::wire::v1;
+use crate::wire::{internal as pb, v1};
 
 use status::Refusal;
 
@@ -160,6 +162,74 @@ impl Edge {
             return Err(Refusal::stopping());
         }
         Ok(())
+    }
+
+    /// A stream that can be used. That there is none is said only when this node has all of the catalog.
+    async fn stream(&self, namespace: &str, name: &str) -> Result<Arc<StreamView>, Refusal> {
+        match self.broker.stream(namespace, name) {
+            Err(StreamError::NotFound { .. }) => self.control.catch_up().await?,
+            found => return Ok(found?),
+        }
+        Ok(self.broker.stream(namespace, name)?)
+    }
+
+    /// As [`stream`](Self::stream), by a subject that it takes.
+    async fn stream_by_subject(&self, namespace: &str, subject: &str) -> Result<Arc<StreamView>, Refusal> {
+        match self.broker.stream_by_subject(namespace, subject) {
+            Err(StreamError::NoStreamForSubject { .. }) => self.control.catch_up().await?,
+            found => return Ok(found?),
+        }
+        Ok(self.broker.stream_by_subject(namespace, subject)?)
+    }
+
+    /// Who leads a shard, and where that node takes clients; `None`: it is not known.
+    fn leader_of(&self, place: &ShardPlace) -> Option<v1::ShardLeader> {
+        let node = self.broker.leader_of(place.group)?;
+        Some(v1::ShardLeader {
+            shard: place.index,
+            node_id: node.get(),
+            address: self.broker.view().client_address(node)?,
+        })
+    }
+
+    /// Who leads a shard, if that is another node.
+    fn other_leader_of(&self, place: &ShardPlace) -> Option<v1::ShardLeader> {
+        let node = self.broker.leader_of(place.group)?;
+        if node.get() == self.facts.node_id {
+            return None;
+        }
+        self.leader_of(place)
+    }
+
+    /// Where the other nodes take clients, those first that lead the most of these shards.
+    fn other_addresses(&self, places: &[ShardPlace]) -> Vec<String> {
+        let view = self.broker.view();
+        let nodes = view.nodes().into_iter().filter(|node| {
+            let present = node.state() != pb::NodeState::Removed && !node.client_address.is_empty();
+            present && node.node_id != self.facts.node_id
+        });
+        let leaders: Vec<u64> = places
+            .iter()
+            .filter_map(|place| self.broker.leader_of(place.group))
+            .map(NodeId::get)
+            .collect();
+        let mut nodes: Vec<_> = nodes.collect();
+        nodes.sort_by_key(|node| std::cmp::Reverse(leaders.iter().filter(|id| **id == node.node_id).count()));
+        nodes.into_iter().map(|node| node.client_address).collect()
+    }
+
+    /// How recent what is read of a shard is, for a local read.
+    fn freshness(&self, access: &ShardAccess) -> Option<v1::Freshness> {
+        let (node, fresh) = self.broker.freshness(access)?;
+        Some(v1::Freshness {
+            shard: access.place.index,
+            node_id: node.get(),
+            tail: access.positions().tail.get(),
+            heard_ago_us: fresh
+                .heard
+                .map(|ago| u64::try_from(ago.as_micros()).unwrap_or(u64::MAX)),
+            unapplied_entries: fresh.unapplied,
+        })
     }
 
     fn open_session(&self, kind: SessionKind) -> Result<SessionPlace, Refusal> {

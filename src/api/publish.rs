@@ -95,9 +95,10 @@ impl Publish {
         let stream = if request.stream.is_empty() {
             crate::model::subject::validate_subject(&first.subject)
                 .map_err(|e| Refusal::bad_request("BAD_MESSAGE", e.to_string()))?;
-            broker.stream_by_subject(&request.namespace, &first.subject)?
+            let found = self.edge.stream_by_subject(&request.namespace, &first.subject);
+            found.await?
         } else {
-            broker.stream(&request.namespace, &request.stream)?
+            self.edge.stream(&request.namespace, &request.stream).await?
         };
         let parts = split(&stream, &request.messages)?;
         if request.expect.is_some() && parts.len() > 1 {
@@ -145,7 +146,9 @@ impl Publish {
         if let Some(refusal) = refusal_of(failures, stored > 0) {
             return Err(refusal);
         }
+        let first = acks.first().and_then(|ack| stream.shards.get(ack.shard as usize));
         Ok(v1::PublishResponse {
+            leader: first.and_then(|place| self.edge.other_leader_of(place)),
             stream_id: stream.id.to_string(),
             epoch: stream.epoch.get(),
             acks,

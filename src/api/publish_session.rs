@@ -61,13 +61,19 @@ pub async fn run(edge: Arc<Edge>, mut input: Streaming<v1::PublishSessionRequest
                 if send(&output, session.answer(tag, outcome)).await.is_err() {
                     return;
                 }
+                if let Some(leader) = session.news.take() {
+                    let leaders = v1::ShardLeaders { leaders: vec![leader] };
+                    if send(&output, Out::Leaders(leaders)).await.is_err() {
+                        return;
+                    }
+                }
             }
             () = super::drained(&mut draining), if !told => {
                 told = true;
                 deadline = Some(tokio::time::Instant::now() + LINGER);
                 let away = v1::PublishGoAway {
                     reason: "the node is stopping".into(),
-                    addresses: Vec::new(),
+                    addresses: edge.other_addresses(&session.stream.shards),
                 };
                 if send(&output, Out::GoAway(away)).await.is_err() {
                     return;
@@ -131,6 +137,10 @@ struct Session {
     bytes_in_flight: u64,
     /// Why a batch that was handed over empty was refused.
     void: HashMap<u64, Refusal>,
+    /// By shard: the last term in which a batch was stored, and the node of the leader that was told.
+    leaders: HashMap<u32, (u64, u64)>,
+    /// A leader that was not told yet.
+    news: Option<v1::ShardLeader>,
 }
 
 async fn open(
@@ -159,7 +169,7 @@ async fn open(
             "a producer id is 1 or more; leave it out to be given one",
         ));
     }
-    let stream = edge.broker.stream(&open.namespace, &open.stream)?;
+    let stream = edge.stream(&open.namespace, &open.stream).await?;
     // Random, not counted: ids given by different nodes must not meet.
     let producer = open
         .producer_id
@@ -174,7 +184,9 @@ async fn open(
             }
         }
     }
+    let leaders: Vec<_> = stream.shards.iter().filter_map(|place| edge.leader_of(place)).collect();
     let opened = v1::PublishOpened {
+        node_id: edge.facts.node_id,
         stream_id: stream.id.to_string(),
         epoch: stream.epoch.get(),
         spec: Some(stream.spec.clone()),
@@ -187,6 +199,7 @@ async fn open(
         }),
         batch_bytes_max: u32::try_from(BATCH_BYTES_MAX).unwrap_or(u32::MAX),
         last_producer_sequence: last,
+        leaders: leaders.clone(),
     };
     let session = Session {
         edge: edge.clone(),
@@ -198,6 +211,8 @@ async fn open(
         in_flight: BTreeMap::new(),
         bytes_in_flight: 0,
         void: HashMap::new(),
+        leaders: leaders.iter().map(|l| (l.shard, (0, l.node_id))).collect(),
+        news: None,
     };
     Ok(Some((session, opened)))
 }
@@ -310,6 +325,22 @@ impl Session {
         Ok(tag)
     }
 
+    /// Another term may be another leader, of which the client is to be told. Nothing is looked up while terms stay.
+    fn stored_in(&mut self, shard: u32, term: u64) {
+        let told = self.leaders.entry(shard).or_default();
+        if told.0 == term {
+            return;
+        }
+        told.0 = term;
+        let place = self.stream.shards.get(shard as usize);
+        if let Some(leader) = place.and_then(|place| self.edge.leader_of(place))
+            && leader.node_id != told.1
+        {
+            told.1 = leader.node_id;
+            self.news = Some(leader);
+        }
+    }
+
     /// The frame that answers a batch.
     fn answer(&mut self, tag: u64, outcome: Outcome) -> Out {
         let (shard, producer_sequence, bytes) = self.in_flight.remove(&tag).unwrap_or_default();
@@ -317,6 +348,7 @@ impl Session {
         let void = self.void.remove(&tag);
         let error = match outcome {
             Ok(ItemOutcome::Stored(stored)) => {
+                self.stored_in(shard, stored.term.get());
                 return Out::Ack(v1::BatchAck {
                     shard,
                     producer_sequence,

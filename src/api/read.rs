@@ -16,7 +16,7 @@ use crate::base::budget::{BytePermit, Held};
 use crate::broker::ShardAccess;
 use crate::broker::cursor::Cursor;
 use crate::broker::error::ReadError;
-use crate::broker::lookup::{Found, Start};
+use crate::broker::lookup::{Consistency, Found, Start};
 use crate::broker::reader::{OwnedRecord, ShardReader, Step};
 use crate::control::view::StreamView;
 use crate::model::subject::FilterSet;
@@ -113,16 +113,29 @@ pub fn filters_of(filters: &[String]) -> Result<Option<FilterSet>, Refusal> {
     Ok((!set.is_all()).then_some(set))
 }
 
+/// What a request asks for; nothing said is linearizable.
+pub fn consistency_of(asked: i32) -> Result<Consistency, Refusal> {
+    match v1::Consistency::try_from(asked) {
+        Ok(v1::Consistency::Unspecified | v1::Consistency::Linearizable) => Ok(Consistency::Linearizable),
+        Ok(v1::Consistency::Local) => Ok(Consistency::Local),
+        Err(_) => Err(Refusal::bad_request(
+            "BAD_REQUEST",
+            format!("consistency {asked} is not known: there are linearizable (1) and local (2)"),
+        )),
+    }
+}
+
 /// Where each shard begins.
 pub async fn begin(
     edge: &Edge,
     stream: &StreamView,
     accesses: &[ShardAccess],
     start: Option<v1::StartPosition>,
+    consistency: Consistency,
 ) -> Result<Vec<Sequence>, Refusal> {
     use v1::start_position::At;
     for access in accesses {
-        edge.broker.barrier(access).await?;
+        edge.broker.ready(access, consistency).await?;
     }
     let start = match start.and_then(|s| s.at) {
         None | Some(At::Beginning(_)) => Start::Beginning,
@@ -177,25 +190,38 @@ impl Read {
 
     async fn get_one(&self, request: v1::GetRequest) -> Result<v1::GetResponse, Refusal> {
         let broker = &self.edge.broker;
-        let stream = broker.stream(&request.namespace, &request.stream)?;
-        let found = match request.by {
-            Some(v1::get_request::By::Sequence(by)) => {
+        let stream = self.edge.stream(&request.namespace, &request.stream).await?;
+        let consistency = consistency_of(request.consistency)?;
+        let by = request.by.ok_or_else(|| {
+            Refusal::bad_request(
+                "BAD_REQUEST",
+                "say which message: sequence, last_by_subject or first_at_time",
+            )
+        })?;
+        let access = match &by {
+            v1::get_request::By::Sequence(by) => broker.shard(&stream, by.shard)?,
+            v1::get_request::By::LastBySubject(by) => broker.shard_of_subject(&stream, &by.subject)?,
+            v1::get_request::By::FirstAtTime(by) => broker.shard(&stream, by.shard)?,
+        };
+        let found = match by {
+            v1::get_request::By::Sequence(by) => {
                 broker
-                    .get_by_sequence(&stream, by.shard, Sequence::new(by.sequence))
+                    .get_by_sequence(&access, Sequence::new(by.sequence), consistency)
                     .await
             }
-            Some(v1::get_request::By::LastBySubject(by)) => broker.get_last_by_subject(&stream, &by.subject).await,
-            Some(v1::get_request::By::FirstAtTime(by)) => {
-                broker.get_first_at(&stream, by.shard, TimeUs::new(by.time_us)).await
+            v1::get_request::By::LastBySubject(by) => {
+                broker
+                    .get_last_by_subject(&stream, &access, &by.subject, consistency)
+                    .await
             }
-            None => {
-                return Err(Refusal::bad_request(
-                    "BAD_REQUEST",
-                    "say which message: sequence, last_by_subject or first_at_time",
-                ));
+            v1::get_request::By::FirstAtTime(by) => {
+                broker
+                    .get_first_at(&stream, &access, TimeUs::new(by.time_us), consistency)
+                    .await
             }
         }
         .map_err(|e| broker.noted(e))?;
+        let local = consistency == Consistency::Local;
         let Found {
             shard,
             sequence,
@@ -206,6 +232,8 @@ impl Read {
             message: Some(message_of(shard, sequence, append_time, record)),
             stream_id: stream.id.to_string(),
             epoch: stream.epoch.get(),
+            leader: self.edge.other_leader_of(&access.place).filter(|_| !local),
+            freshness: self.edge.freshness(&access).filter(|_| local),
         })
     }
 
@@ -227,9 +255,10 @@ impl Read {
         };
         let wait = Duration::from_micros(request.wait_us).min(FETCH_WAIT_MAX);
         let filters = filters_of(&request.filters)?;
-        let stream = broker.stream(&request.namespace, &request.stream)?;
+        let consistency = consistency_of(request.consistency)?;
+        let stream = self.edge.stream(&request.namespace, &request.stream).await?;
         let accesses = broker.shards_of(&stream, &request.shards)?;
-        let starts = begin(&self.edge, &stream, &accesses, request.start).await?;
+        let starts = begin(&self.edge, &stream, &accesses, request.start, consistency).await?;
         let mut readers: Vec<(u32, ShardReader)> = accesses
             .iter()
             .zip(starts)
@@ -293,6 +322,10 @@ impl Read {
             caught_up,
             stream_id: stream.id.to_string(),
             epoch: stream.epoch.get(),
+            freshness: match consistency {
+                Consistency::Linearizable => Vec::new(),
+                Consistency::Local => accesses.iter().filter_map(|a| self.edge.freshness(a)).collect(),
+            },
         };
         if let Some(memory) = &mut memory {
             let bytes = answer.encoded_len();

@@ -4,17 +4,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use prost::Message;
 use tonic::{Status, Streaming};
 
 use super::Edge;
 use super::outgoing::{self, Room};
-use super::read::{begin, filters_of};
+use super::read::{begin, consistency_of, filters_of};
 use super::status::Refusal;
 use crate::base::budget::BytePermit;
+use crate::broker::ShardAccess;
 use crate::broker::cursor::Cursor;
 use crate::broker::error::ReadError;
+use crate::broker::lookup::Consistency;
 use crate::broker::reader::{Delivery, ShardReader, Step};
 use crate::control::view::StreamView;
 use crate::model::Sequence;
@@ -26,11 +29,20 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 /// After this a session that waits for its client or for memory gives back what it has read ahead.
 const IDLE: Duration = Duration::from_secs(1);
 
+/// The leaders of a reader that catches up again and again are asked this often at the most.
+const CONFIRM_EVERY: Duration = Duration::from_millis(100);
+/// What they said counts for so long: while a reader reads what came meanwhile, it need not be asked again.
+const CONFIRMED_FOR: Duration = Duration::from_secs(1);
+/// When they cannot be asked, this is waited.
+const CONFIRM_AGAIN: Duration = Duration::from_secs(1);
+
 type Output = outgoing::Sender<Result<v1::ReadSessionResponse, Status>>;
 
 struct Session {
     edge: Arc<Edge>,
     stream: Arc<StreamView>,
+    accesses: Vec<ShardAccess>,
+    consistency: Consistency,
     readers: Vec<(u32, ShardReader)>,
     /// The reader to begin the next round with, so that no shard starves another.
     turn: usize,
@@ -103,12 +115,10 @@ async fn open(
         return Err(Refusal::bad_request("NO_OPEN", "a session's first frame must be `open`").into());
     };
     let filters = filters_of(&open.filters)?;
-    let stream = edge
-        .broker
-        .stream(&open.namespace, &open.stream)
-        .map_err(Refusal::from)?;
+    let consistency = consistency_of(open.consistency)?;
+    let stream = edge.stream(&open.namespace, &open.stream).await?;
     let accesses = edge.broker.shards_of(&stream, &open.shards).map_err(Refusal::from)?;
-    let starts = begin(edge, &stream, &accesses, open.start).await?;
+    let starts = begin(edge, &stream, &accesses, open.start, consistency).await?;
     let readers: Vec<(u32, ShardReader)> = accesses
         .iter()
         .zip(&starts)
@@ -127,6 +137,8 @@ async fn open(
     Ok(Session {
         edge: edge.clone(),
         stream,
+        accesses,
+        consistency,
         readers,
         turn: 0,
         messages: credit.messages,
@@ -155,6 +167,7 @@ impl Session {
         let mut draining = self.edge.draining.clone();
         let mut told_caught_up = false;
         let mut last_sent = tokio::time::Instant::now();
+        let mut confirm = Confirm::new(self.consistency);
         loop {
             if *draining.borrow() {
                 return Err(self.go_away());
@@ -173,25 +186,32 @@ impl Session {
                 }
                 continue;
             }
-            let caught_up = self.readers.iter().all(|(_, r)| r.next() >= r.positions().tail);
+            let caught_up = self.is_caught_up();
             if caught_up && !told_caught_up {
-                told_caught_up = true;
-                let frame = v1::CaughtUp {
-                    tails: self.tails(),
-                    cursor: self.cursor(),
-                };
-                send(output, Out::CaughtUp(frame)).await?;
-                last_sent = tokio::time::Instant::now();
-                if self.stop_at_tail {
-                    return Ok(());
+                if confirm.is_confirmed() {
+                    told_caught_up = true;
+                    send(output, Out::CaughtUp(self.caught_up())).await?;
+                    last_sent = tokio::time::Instant::now();
+                    confirm.used();
+                    if self.stop_at_tail {
+                        return Ok(());
+                    }
+                    continue;
                 }
-                continue;
+                confirm.begin(&self.edge, &self.accesses);
             }
             let hungry = self.messages == 0 || self.bytes == 0;
             let mut changes: FuturesUnordered<_> = self.readers.iter_mut().map(|(_, r)| r.changed()).collect();
             let beat = last_sent + HEARTBEAT;
             tokio::select! {
                 _ = changes.next(), if !hungry => {}
+                result = confirm.wait() => {
+                    drop(changes);
+                    // Who only follows goes on, and is told later; who wants the end must know that it is one.
+                    if let Err(e) = result && self.stop_at_tail {
+                        return Err(Refusal::from(self.edge.broker.noted(e)).into());
+                    }
+                }
                 frame = input.message() => {
                     drop(changes);
                     match frame {
@@ -208,6 +228,7 @@ impl Session {
                     let frame = v1::Heartbeat {
                         tails: self.tails(),
                         time_us: self.edge.broker.clock().now_us(),
+                        freshness: self.freshness(),
                     };
                     send(output, Out::Heartbeat(frame)).await?;
                     last_sent = tokio::time::Instant::now();
@@ -221,25 +242,48 @@ impl Session {
     /// The client has closed its side: serve the credit that is left, then end.
     async fn without_input(&mut self, output: &Output) -> Result<(), End> {
         let mut draining = self.edge.draining.clone();
+        let mut confirm = Confirm::new(self.consistency);
         while self.messages > 0 && self.bytes > 0 && !*draining.borrow() {
             if self.round(output).await? {
                 continue;
             }
             if self.stop_at_tail {
-                let frame = v1::CaughtUp {
-                    tails: self.tails(),
-                    cursor: self.cursor(),
-                };
-                return send(output, Out::CaughtUp(frame)).await;
+                if confirm.is_confirmed() {
+                    return send(output, Out::CaughtUp(self.caught_up())).await;
+                }
+                confirm.begin(&self.edge, &self.accesses);
             }
             let mut changes: FuturesUnordered<_> = self.readers.iter_mut().map(|(_, r)| r.changed()).collect();
             tokio::select! {
                 _ = changes.next() => {}
+                result = confirm.wait() => {
+                    result.map_err(|e| Refusal::from(self.edge.broker.noted(e)))?;
+                }
                 () = super::drained(&mut draining) => {}
                 () = output.closed() => return Ok(()),
             }
         }
         Ok(())
+    }
+
+    fn is_caught_up(&self) -> bool {
+        self.readers.iter().all(|(_, r)| r.next() >= r.positions().tail)
+    }
+
+    fn caught_up(&self) -> v1::CaughtUp {
+        v1::CaughtUp {
+            tails: self.tails(),
+            cursor: self.cursor(),
+            freshness: self.freshness(),
+        }
+    }
+
+    /// Of a local read.
+    fn freshness(&self) -> Vec<v1::Freshness> {
+        match self.consistency {
+            Consistency::Linearizable => Vec::new(),
+            Consistency::Local => self.accesses.iter().filter_map(|a| self.edge.freshness(a)).collect(),
+        }
     }
 
     fn take(&mut self, frame: v1::ReadSessionRequest) -> Result<(), End> {
@@ -263,7 +307,7 @@ impl Session {
     fn go_away(&self) -> End {
         End::GoAway(v1::ReadGoAway {
             reason: "the node is stopping".into(),
-            addresses: Vec::new(),
+            addresses: self.edge.other_addresses(&self.stream.shards),
             cursor: self.cursor(),
         })
     }
@@ -385,6 +429,74 @@ impl Session {
             next: self.readers.iter().map(|(shard, r)| (*shard, r.next())).collect(),
         }
         .encode()
+    }
+}
+
+/// Asks the leaders of all shards whether there is more than the replicas read here have: without that, one that was cut
+/// off, or slept, would take its own tail for the end.
+struct Confirm {
+    consistency: Consistency,
+    /// Gives when it began to ask.
+    asking: Option<BoxFuture<'static, Result<tokio::time::Instant, ReadError>>>,
+    /// What was acknowledged before this is here.
+    confirmed: Option<tokio::time::Instant>,
+    not_before: tokio::time::Instant,
+}
+
+impl Confirm {
+    fn new(consistency: Consistency) -> Self {
+        Self {
+            consistency,
+            asking: None,
+            confirmed: None,
+            not_before: tokio::time::Instant::now(),
+        }
+    }
+
+    /// The leaders have answered of late, and what they had then is here. Who stands at the tail has caught up.
+    fn is_confirmed(&self) -> bool {
+        self.consistency == Consistency::Local || self.confirmed.is_some_and(|at| at.elapsed() <= CONFIRMED_FOR)
+    }
+
+    /// It was told: the next time is another.
+    fn used(&mut self) {
+        self.confirmed = None;
+        self.not_before = tokio::time::Instant::now() + CONFIRM_EVERY;
+    }
+
+    /// Asks, if that is not under way.
+    fn begin(&mut self, edge: &Arc<Edge>, accesses: &[ShardAccess]) {
+        if self.asking.is_some() {
+            return;
+        }
+        let (edge, accesses, not_before) = (edge.clone(), accesses.to_vec(), self.not_before);
+        self.asking = Some(Box::pin(async move {
+            tokio::time::sleep_until(not_before).await;
+            let begun = tokio::time::Instant::now();
+            for access in &accesses {
+                edge.broker.barrier(access).await?;
+            }
+            Ok(begun)
+        }));
+    }
+
+    /// Waits for the answer; for ever, if nothing was asked. May be cancelled.
+    async fn wait(&mut self) -> Result<(), ReadError> {
+        let Some(asking) = &mut self.asking else {
+            return std::future::pending().await;
+        };
+        let result = asking.await;
+        self.asking = None;
+        match result {
+            Ok(begun) => {
+                self.confirmed = Some(begun);
+                Ok(())
+            }
+            Err(e) => {
+                self.not_before = tokio::time::Instant::now() + CONFIRM_AGAIN;
+                Err(e)
+            }
+        }
     }
 }
 

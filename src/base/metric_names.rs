@@ -92,7 +92,31 @@ metric_table! {
     RAFT_LED_GROUPS = "raft_led_groups", Gauge, "groups", [],
         "Groups that this node leads.";
     RAFT_LEADER_CHANGES_TOTAL = "raft_leader_changes_total", Counter, "changes", [],
-        "Changes of leader or term among this node's groups, as seen once a second.";
+        "Leaders that this node's replicas have learned of after their first: each is another leader, or the same one of a later term.";
+    RAFT_PEER_SESSIONS = "raft_peer_sessions", Gauge, "sessions", [],
+        "Sessions to other nodes that this node has made and that live: one for each node, if all is well.";
+    RAFT_PEER_SENT_BYTES_TOTAL = "raft_peer_sent_bytes_total", Counter, "bytes", [],
+        "About how many bytes were sent to other nodes on sessions: log entries, heartbeats, votes, calls, and answers to them. Snapshots are apart.";
+    RAFT_PEER_RECEIVED_BYTES_TOTAL = "raft_peer_received_bytes_total", Counter, "bytes", [],
+        "Bytes received from other nodes on sessions.";
+    RAFT_PEER_UNANSWERED_BYTES = "raft_peer_unanswered_bytes", Gauge, "bytes", [],
+        "Bytes that other nodes have not answered yet.";
+    RAFT_PEER_CALLS_TOTAL = "raft_peer_calls_total", Counter, "calls", ["outcome"],
+        "Calls of other nodes (heartbeats, votes, publishes and reads passed on, reports), by outcome: answered; lost: the session ended; given_up: nobody waited any more.";
+    RAFT_PEER_ROUND_TRIP_SECONDS = "raft_peer_round_trip_seconds", Histogram, "seconds", [],
+        "Time from a heartbeat or vote to its answer: the round trip to another node, and what either side was busy with.";
+    RAFT_SNAPSHOT_SENT_BYTES_TOTAL = "raft_snapshot_sent_bytes_total", Counter, "bytes", [],
+        "Bytes of snapshots sent to replicas that the log could not catch up.";
+    RAFT_SNAPSHOT_RECEIVED_BYTES_TOTAL = "raft_snapshot_received_bytes_total", Counter, "bytes", [],
+        "Bytes of snapshots received.";
+    RAFT_SNAPSHOT_REUSED_BYTES_TOTAL = "raft_snapshot_reused_bytes_total", Counter, "bytes", [],
+        "Bytes of snapshots that did not travel because this node had them already.";
+    RAFT_SNAPSHOT_RUNNING_TRANSFERS = "raft_snapshot_running_transfers", Gauge, "transfers", ["way"],
+        "Snapshots that travel now, by way: `sent` or `received`.";
+    RAFT_SNAPSHOT_INSTALLS_TOTAL = "raft_snapshot_installs_total", Counter, "installs", [],
+        "Snapshots sent from here that were installed.";
+    RAFT_SNAPSHOT_FAILURES_TOTAL = "raft_snapshot_failures_total", Counter, "failures", [],
+        "Snapshots that were not received to their end, or not installed.";
     NODE_CLIENT_CONNECTIONS = "node_client_connections", Gauge, "connections", [],
         "Client connections open now.";
     NODE_CONNECTION_REFUSALS_TOTAL = "node_connection_refusals_total", Counter, "refusals", [],

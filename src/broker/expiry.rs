@@ -32,21 +32,21 @@ pub(super) async fn run(broker: Arc<Broker>, token: CancellationToken) {
                 return;
             }
             let due = shard.positions().next_expiry.is_some_and(|at| at <= TimeUs::new(now));
-            let leader = || broker.groups.get(shard.group).filter(Group::leads);
+            let leader = || broker.groups.get(shard.group()).filter(Group::leads);
             let Some(group) = due.then(leader).flatten() else {
                 continue;
             };
             // One at a time, so that expiry never takes the log from publishes; as many as are needed to be done.
             broker.metrics.expiry_runs.increment(1);
-            while expire(&group, shard.shard, now).await && !token.is_cancelled() {}
+            while expire(&group, shard.shard, now, broker.view.feature_level()).await && !token.is_cancelled() {}
         }
     }
 }
 
 /// Proposes one expiry. True if there is more to remove than one entry may.
-async fn expire(group: &Group, shard: ShardId, now: u64) -> bool {
+async fn expire(group: &Group, shard: ShardId, now: u64, feature_level: u32) -> bool {
     let command = pb::GroupCommand {
-        feature_level: crate::machine::FEATURE_LEVEL,
+        feature_level,
         op: Some(pb::group_command::Op::Expire(pb::Expire {
             shard_id: shard.get(),
             time_us: now,

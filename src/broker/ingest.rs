@@ -2,7 +2,6 @@
 //! leads the shard (`worker.rs`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -75,8 +74,6 @@ impl Place<'_> {
 pub struct Ingest {
     mailbox: Sender<Item>,
     metrics: Arc<BrokerMetrics>,
-    /// The group that has the shard, as whoever publishes saw it last.
-    group: Arc<AtomicU64>,
 }
 
 impl Ingest {
@@ -90,19 +87,9 @@ impl Ingest {
         token: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (tx, rx) = mailbox("ingest", MAILBOX_BATCHES);
-        let group = Arc::new(AtomicU64::new(group.get()));
-        let worker = Worker::new(shard, group.clone(), router, clock, metrics.clone(), rx);
-        let ingest = Self {
-            mailbox: tx,
-            metrics,
-            group,
-        };
+        let worker = Worker::new(shard, group, router, clock, metrics.clone(), rx);
+        let ingest = Self { mailbox: tx, metrics };
         (ingest, worker.run(token))
-    }
-
-    /// The shard is in this group from now on.
-    pub(super) fn moved_to(&self, group: GroupId) {
-        self.group.store(group.get(), Ordering::Release);
     }
 
     /// Hands a batch over. If it cannot be taken its outcome is sent at once: not processed.

@@ -11,14 +11,23 @@ use super::{Broker, Face, ShardAccess};
 use crate::control::view::StreamView;
 use crate::machine::port::ShardView;
 use crate::model::subject::{FilterSet, validate_subject};
-use crate::model::{LogIndex, Sequence, TimeUs};
-use crate::raft::{BarrierError, ShardShared};
+use crate::model::{LogIndex, NodeId, Sequence, TimeUs};
+use crate::raft::{BarrierError, Freshness, Group, ShardShared};
 use crate::wire::internal as pb;
 
 /// Looks for the last message of a subject while messages are removed.
 const LAST_ATTEMPTS: usize = 5;
 /// A single read reads ahead as little as one of many.
 const SINGLE: usize = 32;
+
+/// What a read may show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consistency {
+    /// Everything acknowledged before it began.
+    Linearizable,
+    /// What a replica has applied.
+    Local,
+}
 
 /// A message, found.
 #[derive(Debug, Clone)]
@@ -45,11 +54,23 @@ impl Broker {
     /// A replica that does not lead asks the leader for its read index and waits until it has applied as much; without a
     /// replica here, one elsewhere does.
     pub async fn barrier(&self, access: &ShardAccess) -> Result<(), ReadError> {
-        let group = access.place.group;
         let (shared, replica) = match &access.face {
             Face::There(remote) => return remote.barrier().await,
             Face::Here { shared, group } => (shared, group),
         };
+        self.barrier_of(shared, replica).await?;
+        // What the former group has applied shows that the shard went on: then the new one has the last word.
+        let next = shared
+            .heir()
+            .or_else(|| shared.came_from(replica.id).then(|| shared.group()));
+        match next.and_then(|next| self.groups().get(next)) {
+            Some(next) => self.barrier_of(shared, &next).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn barrier_of(&self, shared: &ShardShared, replica: &Group) -> Result<(), ReadError> {
+        let group = replica.id;
         if self.router().peers.is_none() || replica.leads() {
             match replica.read_barrier().await {
                 Ok(()) => return Ok(()),
@@ -66,11 +87,33 @@ impl Broker {
         Err(ReadError::Unreachable(behind))
     }
 
+    /// Makes a shard ready for a read: after a barrier, or as far as a replica is.
+    pub async fn ready(&self, access: &ShardAccess, consistency: Consistency) -> Result<(), ReadError> {
+        match (consistency, &access.face) {
+            (Consistency::Linearizable, _) => self.barrier(access).await,
+            (Consistency::Local, Face::Here { .. }) => Ok(()),
+            (Consistency::Local, Face::There(remote)) => remote.look().await,
+        }
+    }
+
+    /// The node whose replica of the shard is read here, and how recent that is.
+    pub fn freshness(&self, access: &ShardAccess) -> Option<(NodeId, Freshness)> {
+        match &access.face {
+            Face::Here { group, .. } => Some((self.node(), group.freshness())),
+            Face::There(remote) => remote.freshness(),
+        }
+    }
+
     /// A reader of one shard.
     pub fn reader(&self, access: &ShardAccess, next: Sequence, filters: Option<FilterSet>) -> ShardReader {
-        match &access.face {
-            Face::Here { shared, .. } => ShardReader::new(shared.clone(), self.groups().clone(), next, filters),
-            Face::There(remote) => ShardReader::elsewhere(remote.clone(), next, filters),
+        ShardReader::new(self, access.face.clone(), next, filters)
+    }
+
+    /// What was not found in the replica here counts only while it is here.
+    fn still_here(&self, shared: &ShardShared) -> Result<(), ReadError> {
+        match self.groups().holds(shared.group()) {
+            true => Ok(()),
+            false => Err(ReadError::Unreachable("its replica has left this node".into())),
         }
     }
 
@@ -113,18 +156,18 @@ impl Broker {
             .await
             .map_err(|e| ReadError::Storage(e.to_string()))?
             .map_err(storage)?;
+        self.still_here(shared)?;
         Ok(found.map(|batch| batch.base.max(at.floor)))
     }
 
     /// Exactly this message.
     pub async fn get_by_sequence(
         &self,
-        stream: &StreamView,
-        shard: u32,
+        access: &ShardAccess,
         sequence: Sequence,
+        consistency: Consistency,
     ) -> Result<Found, ReadError> {
-        let access = self.shard(stream, shard)?;
-        self.barrier(&access).await?;
+        self.ready(access, consistency).await?;
         let at = access.positions();
         if sequence < at.floor || sequence >= at.tail {
             return Err(ReadError::NotRetained {
@@ -133,27 +176,21 @@ impl Broker {
                 tail: at.tail,
             });
         }
-        match self.next_message(&access, sequence).await? {
+        match self.next_message(access, sequence).await? {
             Some(found) if found.sequence == sequence => Ok(found),
             Some(_) | None => Err(ReadError::Deleted(sequence)),
         }
     }
 
     /// The newest retained message of a subject.
-    pub async fn get_last_by_subject(&self, stream: &StreamView, subject: &str) -> Result<Found, ReadError> {
-        validate_subject(subject).map_err(|e| ReadError::BadRequest(e.to_string()))?;
-        if !stream.partitioning.keeps_subject_together() {
-            return Err(ReadError::BadRequest(format!(
-                "stream {:?} is partitioned by key, so a subject has no single last message; read by sequence or with a filter",
-                stream.spec.name
-            )));
-        }
-        let slot = stream
-            .partitioning
-            .slot(subject, None)
-            .map_err(|e| ReadError::BadRequest(e.to_string()))?;
-        let access = self.shard(stream, stream.map.shard(slot))?;
-        self.barrier(&access).await?;
+    pub async fn get_last_by_subject(
+        &self,
+        stream: &StreamView,
+        access: &ShardAccess,
+        subject: &str,
+        consistency: Consistency,
+    ) -> Result<Found, ReadError> {
+        self.ready(access, consistency).await?;
         let none = || ReadError::NoMessage(format!("with subject {subject:?} in stream {:?}", stream.spec.name));
         // Messages may be removed between the two looks; then there is another last one.
         for _ in 0..LAST_ATTEMPTS {
@@ -165,13 +202,29 @@ impl Broker {
                 }
             };
             let sequence = last.ok_or_else(none)?;
-            if let Some(found) = self.next_message(&access, sequence).await?
+            if let Some(found) = self.next_message(access, sequence).await?
                 && found.sequence == sequence
             {
                 return Ok(found);
             }
         }
         Err(none())
+    }
+
+    /// The shard that holds a subject's messages.
+    pub fn shard_of_subject(&self, stream: &StreamView, subject: &str) -> Result<ShardAccess, ReadError> {
+        validate_subject(subject).map_err(|e| ReadError::BadRequest(e.to_string()))?;
+        if !stream.partitioning.keeps_subject_together() {
+            return Err(ReadError::BadRequest(format!(
+                "stream {:?} is partitioned by key, so a subject has no single last message; read by sequence or with a filter",
+                stream.spec.name
+            )));
+        }
+        let slot = stream
+            .partitioning
+            .slot(subject, None)
+            .map_err(|e| ReadError::BadRequest(e.to_string()))?;
+        Ok(self.shard(stream, stream.map.shard(slot))?)
     }
 
     /// Where the newest retained message of a subject is, in the replica here.
@@ -190,7 +243,12 @@ impl Broker {
                 if sequence < floor {
                     return Ok(None);
                 }
-                let reader = ShardReader::new(shared.clone(), self.groups().clone(), sequence, None);
+                let Some(group) = self.groups().get(shared.group()) else {
+                    self.still_here(shared)?;
+                    return Ok(None);
+                };
+                let shared = shared.clone();
+                let reader = ShardReader::new(self, Face::Here { shared, group }, sequence, None);
                 if let Some((found, _, _)) = self.next_of(reader).await?
                     && found == sequence
                 {
@@ -199,22 +257,29 @@ impl Broker {
             }
             posting = state.posting_before(id, subject, base).map_err(damaged)?;
         }
+        self.still_here(shared)?;
         Ok(None)
     }
 
     /// The first message appended at or after a time.
-    pub async fn get_first_at(&self, stream: &StreamView, shard: u32, time: TimeUs) -> Result<Found, ReadError> {
-        let access = self.shard(stream, shard)?;
-        self.barrier(&access).await?;
+    pub async fn get_first_at(
+        &self,
+        stream: &StreamView,
+        access: &ShardAccess,
+        time: TimeUs,
+        consistency: Consistency,
+    ) -> Result<Found, ReadError> {
+        self.ready(access, consistency).await?;
         let none = || {
             ReadError::NoMessage(format!(
-                "at or after {} µs in shard {shard} of stream {:?}",
+                "at or after {} µs in shard {} of stream {:?}",
                 time.get(),
+                access.place.index,
                 stream.spec.name
             ))
         };
-        let from = self.first_at(&access, time).await?.ok_or_else(none)?;
-        self.next_message(&access, from).await?.ok_or_else(none)
+        let from = self.first_at(access, time).await?.ok_or_else(none)?;
+        self.next_message(access, from).await?.ok_or_else(none)
     }
 
     /// The first message at or after a sequence that was not deleted.
@@ -272,6 +337,7 @@ impl Broker {
         epoch: u64,
     ) -> Result<Option<u64>, ReadError> {
         let records = self.groups().state().producers(shared.shard).map_err(storage)?;
+        self.still_here(shared)?;
         let Some((_, raw)) = records.into_iter().find(|(id, _)| *id == producer) else {
             return Ok(None);
         };

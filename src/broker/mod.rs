@@ -4,6 +4,7 @@ pub mod counts;
 pub mod cursor;
 pub mod error;
 mod expiry;
+mod hop;
 pub mod ingest;
 pub mod lookup;
 mod purge;
@@ -25,7 +26,7 @@ use crate::base::budget::ByteBudget;
 use crate::base::clock::Clock;
 use crate::base::tasks::Tasks;
 use crate::control::view::{ShardPlace, StreamView, View};
-use crate::model::{GroupId, ShardId};
+use crate::model::{GroupId, NodeId, ShardId};
 use crate::raft::transport::Peers;
 use crate::raft::{Group, Groups, Positions, ShardShared};
 use crate::storage::Store;
@@ -74,6 +75,7 @@ impl ShardAccess {
 
 /// What the data plane is made of.
 pub struct Broker {
+    this: Weak<Broker>,
     view: Arc<View>,
     groups: Arc<Groups>,
     store: Arc<Store>,
@@ -102,7 +104,8 @@ impl Broker {
         publish_memory: ByteBudget,
         peers: Option<Peers>,
     ) -> Arc<Self> {
-        let broker = Arc::new(Self {
+        let broker = Arc::new_cyclic(|this| Self {
+            this: this.clone(),
             router: Arc::new(Router::new(groups.clone(), view.clone(), peers.clone())),
             view,
             groups,
@@ -179,7 +182,7 @@ impl Broker {
 
     /// One shard of a stream.
     pub fn shard(&self, stream: &StreamView, index: u32) -> Result<ShardAccess, StreamError> {
-        let place = *stream
+        let mut place = *stream
             .shards
             .get(index as usize)
             .ok_or_else(|| StreamError::NoSuchShard {
@@ -187,38 +190,62 @@ impl Broker {
                 shard: index,
                 shards: u32::try_from(stream.shards.len()).unwrap_or(u32::MAX),
             })?;
-        let here = self
-            .groups
-            .directory()
-            .get(place.shard)
-            .zip(self.groups.get(place.group));
-        let face = match here.filter(|(shared, _)| shared.group == place.group) {
-            Some((shared, group)) => Face::Here { shared, group },
-            None if self.router.peers.is_some() => Face::There(self.remote(place)),
-            None => {
-                return Err(StreamError::NotLeader {
-                    name: stream.spec.name.clone(),
-                    shard: index,
-                    leader: None,
-                });
-            }
-        };
+        let found = self.face(place.shard, place.group);
+        let (group, face) = found.ok_or_else(|| StreamError::NotLeader {
+            name: stream.spec.name.clone(),
+            shard: index,
+            leader: None,
+        })?;
+        place.group = group;
         Ok(ShardAccess { place, face })
     }
 
+    /// How a shard is read from here, and the group that has it. `None`: not at all.
+    fn face(&self, shard: ShardId, owner: GroupId) -> Option<(GroupId, Face)> {
+        let mut owner = owner;
+        let shared = self.groups.directory().get(shard);
+        // Of a shard that has just been adopted the replica here may know more than the view, or less.
+        if let Some(shared) = shared.as_ref().filter(|shared| shared.came_from(owner)) {
+            owner = shared.group();
+        }
+        let face = match shared.zip(self.groups.get(owner)) {
+            Some((shared, group)) => Face::Here { shared, group },
+            None => Face::There(self.router.peers.is_some().then(|| self.remote(shard, owner))?),
+        };
+        Some((owner, face))
+    }
+
+    /// How a shard is read from here now; for a reader whose replica has left this node.
+    fn face_now(&self, shard: ShardId) -> Option<Face> {
+        Some(self.face(shard, self.view.owner_of(shard)?)?.1)
+    }
+
     /// A shard that is replicated elsewhere; followed for as long as anybody holds it.
-    fn remote(&self, place: ShardPlace) -> Arc<RemoteShard> {
+    fn remote(&self, shard: ShardId, group: GroupId) -> Arc<RemoteShard> {
         let mut remotes = self.remotes.lock();
-        let known = remotes.get(&place.shard).and_then(Weak::upgrade);
-        if let Some(remote) = known.filter(|remote| remote.group == place.group) {
+        let known = remotes.get(&shard).and_then(Weak::upgrade);
+        if let Some(remote) = known {
             return remote;
         }
         remotes.retain(|_, remote| remote.strong_count() > 0);
-        let remote = RemoteShard::new(place.shard, place.group, self.router.clone());
-        remotes.insert(place.shard, Arc::downgrade(&remote));
+        let remote = RemoteShard::new(shard, group, self.router.clone());
+        remotes.insert(shard, Arc::downgrade(&remote));
         let follow = remote::follow(Arc::downgrade(&remote), self.router.clone(), self.tasks.token());
-        self.tasks.spawn(format!("follow {}", place.shard), follow);
+        self.tasks.spawn(format!("follow {shard}"), follow);
         remote
+    }
+
+    /// This node.
+    pub fn node(&self) -> NodeId {
+        self.store.identity().node_id
+    }
+
+    /// The node that leads a group, as far as is known here.
+    pub fn leader_of(&self, group: GroupId) -> Option<NodeId> {
+        if self.is_alone() {
+            return Some(self.node());
+        }
+        self.router.leader_of(group)
     }
 
     /// Whether there are no other nodes: every replica is here, and leads.
@@ -264,10 +291,7 @@ impl Broker {
     fn ingest_of(&self, shard: ShardId, group: GroupId) -> Ingest {
         let mut ingests = self.ingests.lock();
         match ingests.get(&shard) {
-            Some(ingest) if !ingest.is_closed() => {
-                ingest.moved_to(group);
-                ingest.clone()
-            }
+            Some(ingest) if !ingest.is_closed() => ingest.clone(),
             Some(_) | None => {
                 let (ingest, task) = Ingest::new(
                     shard,

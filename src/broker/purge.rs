@@ -7,12 +7,12 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::error::PublishError;
-use super::relay::{Answer, encoded, malformed};
+use super::relay::{Answer, encoded, malformed, refused};
 use super::route::Route;
 use super::{Broker, ShardAccess};
 use crate::base::RetryClass;
 use crate::machine::GroupOutcome;
-use crate::model::GroupId;
+use crate::model::{GroupId, ShardId};
 use crate::raft::transport::PeerMethod;
 use crate::raft::{Applied, ProposeError};
 use crate::wire::internal as pb;
@@ -27,26 +27,34 @@ const PATIENCE: Duration = Duration::from_secs(10);
 impl Broker {
     /// Purges a shard at its leader's node. Gives the number of messages removed.
     pub async fn purge_at_leader(&self, access: &ShardAccess, purge: pb::Purge) -> Result<u64, PublishError> {
-        let group = access.place.group;
+        let shard = access.place.shard;
         let mut purged = 0;
         let mut next = Some(purge);
         while let Some(purge) = next {
-            let done = self.purge_once(group, purge).await?;
+            let done = self.purge_once(shard, access.place.group, purge).await?;
             purged += done.messages;
             next = done.next;
         }
         Ok(purged)
     }
 
-    async fn purge_once(&self, group: GroupId, purge: pb::Purge) -> Result<pb::RelayPurgeDone, PublishError> {
-        let unknown = || PublishError::from(ProposeError::Unknown { group });
-        let call = pb::RelayPurge {
-            group_id: group.get(),
-            purge: Some(purge),
-        };
-        let payload: Bytes = call.encode_to_vec().into();
+    async fn purge_once(
+        &self,
+        shard: ShardId,
+        known: GroupId,
+        purge: pb::Purge,
+    ) -> Result<pb::RelayPurgeDone, PublishError> {
+        let mut group = known;
         let begun = Instant::now();
         while begun.elapsed() < ELECTION {
+            // It may be on its way to another one.
+            group = self.view().owner_of(shard).unwrap_or(known);
+            let unknown = || PublishError::from(ProposeError::Unknown { group });
+            let call = pb::RelayPurge {
+                group_id: group.get(),
+                purge: Some(purge.clone()),
+            };
+            let payload: Bytes = call.encode_to_vec().into();
             let node = match (&self.router().peers, self.router().route(group)) {
                 (Some(peers), Route::Here(_)) => Some((peers, peers.node())),
                 (Some(peers), Route::There(node)) => Some((peers, node)),
@@ -83,7 +91,7 @@ pub(super) async fn serve(broker: Arc<Broker>, payload: Bytes) -> Answer {
         return elsewhere();
     };
     let command = pb::GroupCommand {
-        feature_level: crate::machine::FEATURE_LEVEL,
+        feature_level: broker.view().feature_level(),
         op: Some(pb::group_command::Op::Purge(purge)),
     };
     let outcome = match group.propose(command.encode_to_vec().into()).await {
@@ -96,6 +104,9 @@ pub(super) async fn serve(broker: Arc<Broker>, payload: Bytes) -> Answer {
             next: done.next,
         })),
         Ok((_, _, Applied::Command(GroupOutcome::Purged(Err(e))))) => answer(Told::Refused(e.to_string())),
+        Ok((_, _, Applied::Command(GroupOutcome::Moved { to }))) => {
+            Err(refused(format!("the shard has just been moved to {to}")))
+        }
         Ok((_, _, Applied::Command(_) | Applied::Done)) => {
             answer(Told::Refused("the shard is not there any more".into()))
         }

@@ -2,17 +2,18 @@
 //! encoded them, or cut to what was asked for. Waiting for new messages is waiting for the next apply; nothing polls.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::error::ReadError;
 use super::remote::RemoteShard;
+use super::{Broker, Face};
 use crate::machine::port::ShardView;
 use crate::model::batch::{BatchView, Codec, RecordView};
 use crate::model::subject::FilterSet;
-use crate::model::{Sequence, StoredBatch, Term, TimeUs};
+use crate::model::{Sequence, ShardId, StoredBatch, Term, TimeUs};
 use crate::raft::{Groups, Positions, ShardShared};
 use crate::storage::StorageError;
 
@@ -136,6 +137,28 @@ enum Source {
     There(Arc<RemoteShard>),
 }
 
+impl Source {
+    fn of(face: Face, groups: &Arc<Groups>) -> (Self, watch::Receiver<Positions>) {
+        match face {
+            Face::Here { shared, .. } => {
+                let (positions, groups) = (shared.watch(), groups.clone());
+                (Source::Here { shared, groups }, positions)
+            }
+            Face::There(remote) => {
+                let positions = remote.watch();
+                (Source::There(remote), positions)
+            }
+        }
+    }
+
+    fn shard(&self) -> ShardId {
+        match self {
+            Source::Here { shared, .. } => shared.shard,
+            Source::There(remote) => remote.shard,
+        }
+    }
+}
+
 /// A batch read ahead.
 struct Ahead {
     batch: StoredBatch,
@@ -153,6 +176,8 @@ impl From<StoredBatch> for Ahead {
 /// A reader's place in one shard.
 pub struct ShardReader {
     source: Source,
+    /// Knows where to go on when the replica that is read leaves this node.
+    broker: Weak<Broker>,
     positions: watch::Receiver<Positions>,
     /// Next sequence to look at. Advanced by this reader.
     next: Sequence,
@@ -166,20 +191,11 @@ pub struct ShardReader {
 
 impl ShardReader {
     /// A reader that stands at `next`. Without filters everything is delivered.
-    pub fn new(shared: Arc<ShardShared>, groups: Arc<Groups>, next: Sequence, filters: Option<FilterSet>) -> Self {
-        let positions = shared.watch();
-        Self::from(Source::Here { shared, groups }, positions, next, filters)
-    }
-
-    /// As [`new`](Self::new), of a shard without a replica here.
-    pub fn elsewhere(remote: Arc<RemoteShard>, next: Sequence, filters: Option<FilterSet>) -> Self {
-        let positions = remote.watch();
-        Self::from(Source::There(remote), positions, next, filters)
-    }
-
-    fn from(source: Source, positions: watch::Receiver<Positions>, next: Sequence, filters: Option<FilterSet>) -> Self {
+    pub(super) fn new(broker: &Broker, face: Face, next: Sequence, filters: Option<FilterSet>) -> Self {
+        let (source, positions) = Source::of(face, broker.groups());
         Self {
             source,
+            broker: broker.this.clone(),
             positions,
             next,
             filters,
@@ -219,7 +235,7 @@ impl ShardReader {
     /// Whether the replica that is read has left this node: nothing new comes from it.
     fn is_orphan(&self) -> bool {
         match &self.source {
-            Source::Here { shared, groups } => !groups.holds(shared.group),
+            Source::Here { shared, groups } => !groups.holds(shared.group()),
             Source::There(_) => false,
         }
     }
@@ -243,6 +259,9 @@ impl ShardReader {
     /// Takes one step. `messages` and `bytes` bound what is delivered, except that one message is always delivered
     /// whole.
     pub async fn step(&mut self, messages: u64, bytes: u64) -> Result<Step, ReadError> {
+        if self.is_orphan() {
+            self.go_elsewhere().await?;
+        }
         let at = *self.positions.borrow_and_update();
         if at.removed {
             return Err(ReadError::Removed);
@@ -254,9 +273,6 @@ impl ShardReader {
             return Ok(Step::Truncated { from, to: at.floor });
         }
         if self.next >= at.tail {
-            if self.is_orphan() {
-                return Err(ReadError::Unreachable("its replica has left this node".into()));
-            }
             return Ok(Step::AtTail(at.tail));
         }
         for _ in 0..SCAN_BATCHES {
@@ -264,6 +280,10 @@ impl ShardReader {
                 return Ok(Step::Skipped);
             }
             self.fill().await?;
+            if self.ahead.is_empty() && self.is_orphan() {
+                // What is not there is not gone: its replica is.
+                return Ok(Step::Skipped);
+            }
             let Some(ahead) = self.ahead.front() else {
                 // Trimmed, or every batch up to the tail was deleted, between the look at the positions and the read.
                 let now = *self.positions.borrow();
@@ -272,6 +292,10 @@ impl ShardReader {
             };
             let delivery = self.cut(ahead, at.floor, messages.max(1), bytes)?;
             let end = ahead.batch.end();
+            if self.is_orphan() {
+                // What was deleted of the batch may have been forgotten before it was asked for.
+                return Ok(Step::Skipped);
+            }
             match delivery {
                 None => {
                     self.next = end;
@@ -287,6 +311,25 @@ impl ShardReader {
             }
         }
         Ok(Step::Skipped)
+    }
+
+    /// The replica that was read has left this node: goes on with another one, where this reader stands.
+    async fn go_elsewhere(&mut self) -> Result<(), ReadError> {
+        let gone = || ReadError::Unreachable("its replica has left this node".into());
+        let face = {
+            let broker = self.broker.upgrade().ok_or_else(gone)?;
+            broker.face_now(self.source.shard()).ok_or_else(gone)?
+        };
+        let Source::Here { groups, .. } = &self.source else {
+            return Ok(());
+        };
+        if let Face::There(remote) = &face {
+            // So that its tail is known before it is told.
+            remote.barrier().await?;
+        }
+        (self.source, self.positions) = Source::of(face, &groups.clone());
+        self.ahead.clear();
+        Ok(())
     }
 
     async fn fill(&mut self) -> Result<(), ReadError> {

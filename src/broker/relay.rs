@@ -194,18 +194,25 @@ fn here(broker: &Broker, group: u64, shard: u64) -> Result<Option<Here>, CallFai
         return Ok(None);
     };
     match broker.groups().directory().get(shard) {
-        Some(shared) if shared.group == group.id => Ok(Some(Here { group, shared })),
+        // Who asks for the group that the shard was in a moment ago is as well served.
+        Some(shared) if shared.group() == group.id || shared.came_from(group.id) => Ok(Some(Here { group, shared })),
         Some(_) | None => Err(refused(format!("{shard} is not, or not yet, in {} here", group.id))),
     }
 }
 
 async fn positions(broker: Arc<Broker>, payload: Bytes) -> Answer {
     let call = pb::RelayWatch::decode(payload).map_err(malformed)?;
-    let answer = |result| encoded(&pb::RelayWatched { result: Some(result) });
+    let answer = |result, freshness| {
+        encoded(&pb::RelayWatched {
+            result: Some(result),
+            freshness,
+        })
+    };
     let Some(here) = here(&broker, call.group_id, call.shard_id)? else {
         let elsewhere = broker.router().elsewhere(GroupId::new(call.group_id));
-        return answer(pb::relay_watched::Result::Elsewhere(elsewhere));
+        return answer(pb::relay_watched::Result::Elsewhere(elsewhere), None);
     };
+    let node = broker.node();
     // While it waits it holds the shard, not the node.
     drop(broker);
     let mut watch = here.shared.watch();
@@ -217,7 +224,15 @@ async fn positions(broker: Arc<Broker>, payload: Bytes) -> Answer {
             here.shared.positions()
         }
     };
-    answer(pb::relay_watched::Result::Positions(positions_to_pb(&at)))
+    let fresh = here.group.freshness();
+    let fresh = pb::RelayFreshness {
+        node_id: node.get(),
+        heard_ago_us: fresh
+            .heard
+            .map(|ago| u64::try_from(ago.as_micros()).unwrap_or(u64::MAX)),
+        unapplied_entries: fresh.unapplied,
+    };
+    answer(pb::relay_watched::Result::Positions(positions_to_pb(&at)), Some(fresh))
 }
 
 async fn barrier(broker: Arc<Broker>, payload: Bytes) -> Answer {
@@ -233,7 +248,8 @@ async fn barrier(broker: Arc<Broker>, payload: Bytes) -> Answer {
     match group.read_index().await {
         Ok(applied) => {
             let shared = broker.groups().directory().get(ShardId::new(call.shard_id));
-            let shared = shared.filter(|shared| shared.group == id);
+            // Of one that is sealed, only the group that adopts it can tell.
+            let shared = shared.filter(|shared| shared.group() == id && shared.heir().is_none());
             let result = pb::relay_barred::Result::Read(pb::RelayReadIndex {
                 applied: applied.get(),
                 positions: shared.map(|shared| positions_to_pb(&shared.positions())),
@@ -267,12 +283,12 @@ async fn fetch(broker: Arc<Broker>, payload: Bytes, place: OwnedSemaphorePermit)
         return encoded(&pb::RelayFetched { result: Some(result) });
     };
     caught_up(&here, call.applied, Sequence::new(call.tail)).await?;
-    let state = broker.groups().state().clone();
+    let groups = broker.groups().clone();
     drop(broker);
     let from = Sequence::new(call.from);
     let bytes_max = usize::try_from(call.bytes_max).map_or(FILL_BYTES, |n| n.clamp(1, FILL_BYTES));
     let read = tokio::task::spawn_blocking(move || {
-        let shard = here.shared.shard;
+        let (shard, state) = (here.shared.shard, groups.state());
         let batches = match here.shared.recent_from(from, bytes_max) {
             Some(recent) => recent,
             None => state.read_batches(shard, from, bytes_max).map_err(|e| e.to_string())?,
@@ -290,6 +306,9 @@ async fn fetch(broker: Arc<Broker>, payload: Bytes, place: OwnedSemaphorePermit)
             })
         });
         let batches = batches.collect::<Result<Vec<_>, String>>()?;
+        if !groups.holds(here.shared.group()) {
+            return Err(format!("the replica of {} has left this node", here.group.id));
+        }
         let result = pb::relay_fetched::Result::Batches(pb::RelayBatches { batches });
         Ok::<_, String>(pb::RelayFetched { result: Some(result) }.encode_to_vec())
     });

@@ -22,7 +22,7 @@ pub(super) const READ_PATIENCE: Duration = Duration::from_secs(6);
 /// How long one node may take of that before the next is asked.
 const ONE_NODE: Duration = Duration::from_secs(3);
 /// Between two attempts of a read.
-const READ_PAUSE: Duration = Duration::from_millis(50);
+pub(super) const READ_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where the leader of a group is.
 pub(super) enum Route {
@@ -128,6 +128,14 @@ impl Router {
             Some(node) => Route::There(*node),
             None => Route::Nowhere,
         }
+    }
+
+    /// The node that leads a group: as the replica here knows, or else as other nodes said last.
+    pub fn leader_of(&self, group: GroupId) -> Option<NodeId> {
+        let local = self.groups.get(group);
+        let leader = local.as_ref().and_then(|g| g.watch_leader().borrow().leader);
+        let node = leader.and_then(|leader| self.node_of(group, leader));
+        node.or_else(|| self.hints.lock().get(&group).copied())
     }
 
     /// The leader as this node would tell another one.

@@ -7,10 +7,13 @@
 //! number makes safe to repeat, is sent again, in order, to the new leader. So a producer's session sees a failover as
 //! latency. Who is told "not processed" can rely on it: a batch that may have been stored once is never answered by how
 //! a later attempt failed.
+//!
+//! A shard that is sealed because it goes to another group answers "moved": that did not happen, and is sent again to the new
+//! group as soon as the catalog says that it has the shard. Order and numbers hold through it, because the seal is in the
+//! former group's log behind everything that was stored there, and the producers' numbers go along.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::counts::BrokerMetrics;
 use super::error::PublishError;
+use super::hop::{Answer, call_failed, pause, relayed};
 use super::ingest::{Item, Outcome, ReplyTo, tell};
-use super::relay_codec::outcome_from_pb;
 use super::route::{Route, Router};
 use crate::base::RetryClass;
 use crate::base::budget::BytePermit;
@@ -33,7 +36,7 @@ use crate::machine::{GroupOutcome, ItemOutcome, Refusal};
 use crate::model::batch::BatchHeader;
 use crate::model::limits::ENTRY_ITEMS_MAX;
 use crate::model::{GroupId, NodeId, ShardId};
-use crate::raft::transport::{CallError, Peers};
+use crate::raft::transport::Peers;
 use crate::raft::{Applied, Group, Pending, ProposeError};
 use crate::wire::internal as pb;
 
@@ -55,6 +58,8 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 /// Between attempts: the first, doubling up to the last. A new leader ends the pause.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(250);
+/// How long a shard that was sealed is waited for before its former group is asked once more.
+const ADOPTION: Duration = Duration::from_secs(1);
 /// How often entries under way are looked at that do not get on.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -90,18 +95,13 @@ impl From<Item> for Waiting {
     }
 }
 
-/// What became of an entry.
-enum Answer {
-    Each(Vec<Outcome>),
-    All(PublishError),
-}
-
 enum Sent {
     Here(Pending),
     There(BoxFuture<'static, Answer>),
 }
 
 struct InFlight {
+    group: GroupId,
     sent: Sent,
     since: Instant,
     waiting: Vec<Waiting>,
@@ -109,7 +109,8 @@ struct InFlight {
 
 pub(super) struct Worker {
     shard: ShardId,
-    group: Arc<AtomicU64>,
+    /// The group that has the shard where the catalog does not tell, as of a node that was just started.
+    first_group: GroupId,
     router: Arc<Router>,
     clock: Clock,
     metrics: Arc<BrokerMetrics>,
@@ -121,13 +122,15 @@ pub(super) struct Worker {
     again: VecDeque<Waiting>,
     /// Nothing is sent before.
     resume: Option<Instant>,
+    /// Nor before this group has adopted the shard.
+    heir: Option<GroupId>,
     pause: Duration,
 }
 
 impl Worker {
     pub fn new(
         shard: ShardId,
-        group: Arc<AtomicU64>,
+        first_group: GroupId,
         router: Arc<Router>,
         clock: Clock,
         metrics: Arc<BrokerMetrics>,
@@ -135,7 +138,7 @@ impl Worker {
     ) -> Self {
         Self {
             shard,
-            group,
+            first_group,
             router,
             clock,
             metrics,
@@ -144,12 +147,13 @@ impl Worker {
             failed: VecDeque::new(),
             again: VecDeque::new(),
             resume: None,
+            heir: None,
             pause: PAUSE_MIN,
         }
     }
 
     fn group(&self) -> GroupId {
-        GroupId::new(self.group.load(Ordering::Acquire))
+        self.router.view.owner_of(self.shard).unwrap_or(self.first_group)
     }
 
     pub async fn run(mut self, token: CancellationToken) {
@@ -172,14 +176,18 @@ impl Worker {
                 continue;
             }
             let settled = self.in_flight.is_empty();
+            let group = self.group();
             tokio::select! {
                 biased;
-                (waiting, answer) = answer(&mut self.in_flight) => self.finish(waiting, answer),
+                (waiting, group, answer) = answer(&mut self.in_flight) => self.finish(waiting, group, answer),
                 item = self.inbox.recv(), if !full && !held => match item {
                     Some(item) => self.send(Some(item.into())).await,
                     None => break,
                 },
-                () = pause(&self.router, &self.group, self.resume), if held && settled => self.resume = None,
+                () = pause(&self.router, self.shard, group, self.heir, self.resume), if held && settled => {
+                    self.resume = None;
+                    self.heir = None;
+                }
                 _ = look.tick(), if !alone && !settled => self.look(),
                 () = token.cancelled() => break,
             }
@@ -193,8 +201,8 @@ impl Worker {
             self.conclude(waiting, Err(PublishError::Stopping));
         }
         while !self.in_flight.is_empty() {
-            let (waiting, answer) = answer(&mut self.in_flight).await;
-            self.finish(waiting, answer);
+            let (waiting, group, answer) = answer(&mut self.in_flight).await;
+            self.finish(waiting, group, answer);
         }
         for waiting in std::mem::take(&mut self.failed) {
             self.conclude(waiting, Err(PublishError::Stopping));
@@ -236,7 +244,7 @@ impl Worker {
             Route::Nowhere => {
                 let own = self.not_for_others(waiting);
                 let none = PublishError::Propose(ProposeError::NotLeader { group, leader: None });
-                self.finish(own, Answer::All(none));
+                self.finish(own, group, Answer::All(none));
             }
         }
     }
@@ -261,7 +269,7 @@ impl Worker {
         self.metrics
             .entry(items.len(), items.iter().map(|i| i.batch.len()).sum());
         let command = pb::GroupCommand {
-            feature_level: crate::machine::FEATURE_LEVEL,
+            feature_level: self.router.view.feature_level(),
             op: Some(pb::group_command::Op::Publish(pb::Publish {
                 shard_id: self.shard.get(),
                 time_us: self.clock.now_us(),
@@ -279,11 +287,12 @@ impl Worker {
         }
         match replica.propose(bytes).await {
             Ok(pending) => self.in_flight.push_back(InFlight {
+                group: replica.id,
                 sent: Sent::Here(pending),
                 since: Instant::now(),
                 waiting,
             }),
-            Err(e) => self.failed_to_leave(waiting, e.into()),
+            Err(e) => self.failed_to_leave(waiting, replica.id, e.into()),
         }
     }
 
@@ -305,32 +314,33 @@ impl Worker {
             Ok(Ok(call)) => {
                 let answer = async move { relayed(&router, node, group, call.answer().await) };
                 self.in_flight.push_back(InFlight {
+                    group,
                     sent: Sent::There(answer.boxed()),
                     since: Instant::now(),
                     waiting,
                 });
             }
-            Ok(Err(e)) => self.failed_to_leave(waiting, call_failed(&router, node, group, &e)),
+            Ok(Err(e)) => self.failed_to_leave(waiting, group, call_failed(&router, node, group, &e)),
             Err(_) => {
                 let stopped = ProposeError::NotLeader { group, leader: None };
-                self.failed_to_leave(waiting, stopped.into());
+                self.failed_to_leave(waiting, group, stopped.into());
             }
         }
     }
 
     /// An entry that did not leave takes its place in the order of answers.
-    fn failed_to_leave(&mut self, waiting: Vec<Waiting>, error: PublishError) {
+    fn failed_to_leave(&mut self, waiting: Vec<Waiting>, group: GroupId, error: PublishError) {
         self.in_flight.push_back(InFlight {
+            group,
             sent: Sent::There(std::future::ready(Answer::All(error)).boxed()),
             since: Instant::now(),
             waiting,
         });
     }
 
-    fn finish(&mut self, waiting: Vec<Waiting>, answer: Answer) {
+    fn finish(&mut self, waiting: Vec<Waiting>, group: GroupId, answer: Answer) {
         match answer {
             Answer::Each(outcomes) => {
-                let group = self.group();
                 let mut outcomes = outcomes.into_iter();
                 for waiting in waiting {
                     let outcome = outcomes.next();
@@ -339,22 +349,47 @@ impl Worker {
                 }
             }
             Answer::All(error) => {
-                if let PublishError::Moved { to } = &error {
-                    self.group.store(to.get(), Ordering::Release);
+                for waiting in waiting {
+                    self.settle(waiting, Err(error.clone()));
                 }
+            }
+            Answer::NoShard => {
+                let error = self.without_shard();
                 for waiting in waiting {
                     self.settle(waiting, Err(error.clone()));
                 }
             }
         }
+        // Who says that the shard is where it was asked for is behind: that is no heir to wait for.
+        self.heir = self.heir.filter(|heir| !self.failed.is_empty() && *heir != group);
         if !self.failed.is_empty() && self.resume.is_none() {
-            self.resume = Some(Instant::now() + self.pause);
-            self.pause = (self.pause * 2).min(PAUSE_MAX);
+            let pause = match self.heir {
+                Some(heir) if heir != self.group() => ADOPTION,
+                Some(_) => Duration::ZERO,
+                None => {
+                    let pause = self.pause;
+                    self.pause = (pause * 2).min(PAUSE_MAX);
+                    pause
+                }
+            };
+            self.resume = Some(Instant::now() + pause);
+        }
+    }
+
+    /// Why a group that was asked does not have the shard: it went on from there, or is gone.
+    fn without_shard(&self) -> PublishError {
+        let view = &self.router.view;
+        match view.owner_of(self.shard).filter(|_| view.is_in_use(self.shard)) {
+            Some(to) => PublishError::Moved { to },
+            None => PublishError::Removed,
         }
     }
 
     /// Tells an outcome, or keeps the batch to send it again.
     fn settle(&mut self, mut waiting: Waiting, outcome: Outcome) {
+        if let Err(PublishError::Moved { to }) = &outcome {
+            self.heir = Some(*to);
+        }
         if outcome.is_ok() && self.failed.is_empty() {
             self.pause = PAUSE_MIN;
         }
@@ -493,7 +528,7 @@ fn body_of(item: &pb::PublishItem) -> usize {
 }
 
 /// Waits for the oldest entry. Pending for ever when there is none.
-async fn answer(in_flight: &mut VecDeque<InFlight>) -> (Vec<Waiting>, Answer) {
+async fn answer(in_flight: &mut VecDeque<InFlight>) -> (Vec<Waiting>, GroupId, Answer) {
     let Some(front) = in_flight.front_mut() else {
         return std::future::pending().await;
     };
@@ -504,76 +539,15 @@ async fn answer(in_flight: &mut VecDeque<InFlight>) -> (Vec<Waiting>, Answer) {
                 Answer::Each(outcomes.into_iter().map(Ok).collect())
             }
             Ok((_, _, Applied::Command(GroupOutcome::Moved { to }))) => Answer::All(PublishError::Moved { to }),
-            // Only a shard that was removed meanwhile answers with anything else.
+            Ok((_, _, Applied::Command(GroupOutcome::NoShard))) => Answer::NoShard,
+            // Nothing answers a publish with anything else.
             Ok((_, _, Applied::Command(_) | Applied::Done)) => Answer::All(PublishError::Removed),
             Err(e) => Answer::All(e.into()),
         },
         Sent::There(answer) => answer.await,
     };
     match in_flight.pop_front() {
-        Some(front) => (front.waiting, answer),
-        None => (Vec::new(), answer),
-    }
-}
-
-/// What the leader's node said of an entry.
-fn relayed(router: &Router, node: NodeId, group: GroupId, answer: Result<Bytes, CallError>) -> Answer {
-    let unknown = || Answer::All(ProposeError::Unknown { group }.into());
-    let answer = match answer {
-        Ok(answer) => answer,
-        Err(e) => return Answer::All(call_failed(router, node, group, &e)),
-    };
-    match pb::RelayPublished::decode(answer).ok().and_then(|a| a.result) {
-        Some(pb::relay_published::Result::Outcomes(outcomes)) => {
-            router.leads(group, node);
-            let outcomes = outcomes.outcomes.into_iter();
-            let outcomes: Vec<Outcome> = outcomes.map(|o| outcome_from_pb(group, o)).collect();
-            // The whole shard has moved: all of an entry, or nothing.
-            match outcomes.first() {
-                Some(Err(e @ PublishError::Moved { .. })) => Answer::All(e.clone()),
-                Some(_) | None => Answer::Each(outcomes),
-            }
-        }
-        Some(pb::relay_published::Result::Elsewhere(elsewhere)) => {
-            router.told(group, node, &elsewhere);
-            Answer::All(ProposeError::NotLeader { group, leader: None }.into())
-        }
-        None => unknown(),
-    }
-}
-
-/// What a call that was not answered is to its batches.
-fn call_failed(router: &Router, node: NodeId, group: GroupId, e: &CallError) -> PublishError {
-    router.lost(group, node);
-    tracing::debug!(%group, %node, error = %e, "a publish could not be passed on");
-    match e.retry {
-        RetryClass::DidNotHappen => ProposeError::NotLeader { group, leader: None }.into(),
-        RetryClass::MayHaveHappened => ProposeError::Unknown { group }.into(),
-        RetryClass::CannotWork => ProposeError::Stopped {
-            group,
-            reason: e.message.clone(),
-        }
-        .into(),
-    }
-}
-
-/// Returns at that time, or when the replica here hears of a leader.
-async fn pause(router: &Router, group: &AtomicU64, until: Option<Instant>) {
-    let wait = tokio::time::sleep_until(until.unwrap_or_else(Instant::now));
-    let Some(replica) = router.groups.get(GroupId::new(group.load(Ordering::Acquire))) else {
-        return wait.await;
-    };
-    let mut leader = replica.watch_leader();
-    let heard = async {
-        while leader.changed().await.is_ok() {
-            if leader.borrow().leader.is_some() {
-                return;
-            }
-        }
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        () = wait => {}
-        () = heard => {}
+        Some(front) => (front.waiting, front.group, answer),
+        None => (Vec::new(), GroupId::META, answer),
     }
 }

@@ -71,6 +71,10 @@ pub(super) struct Connect {
     #[arg(long, value_name = "NAME", global = true)]
     tls_server_name: Option<String>,
 
+    /// Use only the servers named, not the cluster's other nodes
+    #[arg(long, global = true)]
+    no_learn: bool,
+
     /// How long to wait for an answer
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = units::duration, global = true)]
     timeout: Duration,
@@ -128,6 +132,7 @@ impl Connect {
         config.call_timeout = self.timeout;
         config.connect_timeout = config.connect_timeout.min(self.timeout);
         config.retry_for = self.connect_for;
+        config.learn_nodes = !self.no_learn;
         let given = context.tls.unwrap_or_default();
         let ca = self.tls_ca.clone().or(given.ca);
         let cert = self.tls_cert.clone().or(given.cert);

@@ -40,6 +40,15 @@ pub(super) fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
     data(format!("{text}\n").as_bytes())
 }
 
+/// Begins the screen anew, if there is one: what is printed again and again stays in its place.
+pub(super) fn clear_screen() -> Result<(), Failure> {
+    if io::stdout().is_terminal() {
+        data(b"\x1b[H\x1b[2J")
+    } else {
+        line("")
+    }
+}
+
 /// Writes a JSON document to the standard output.
 pub(super) fn json(value: &Value) -> Result<(), Failure> {
     line(serde_json::to_string_pretty(value).expect("a value of JSON can be written"))

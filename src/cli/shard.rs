@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::cluster::{groups_json, shard_table, shards_json};
+use super::cluster::{groups_json, shard_page, shards_json};
 use super::connect::{Connect, Globals};
 use super::failure::Failure;
 use super::output::{self, Format, FormatArg};
@@ -121,7 +121,7 @@ impl ShardArgs {
                         output::status("no shards; `mainstem stream create NAME` makes a stream");
                         Ok(())
                     }
-                    Format::Table => output::line(shard_table(report.shards.iter(), &report)),
+                    Format::Table => output::data(shard_page(&report).as_bytes()),
                 }
             }
             ShardCommand::Move {

@@ -8,7 +8,8 @@ use clap::Args;
 use super::connect::{Connect, Globals};
 use super::failure::{Exit, Failure};
 use super::output::{self, message_json, printable};
-use super::units::{self, show_count, show_size, show_time_us};
+use super::units::{self, show_age_us, show_count, show_size, show_time_us};
+use crate::client::proto;
 use crate::client::{MessageBatch, ReadEvent, Reader, RecordView, Start, StoredMessage};
 
 /// Prints the messages of a stream, in the order of each shard, and ends when everything stored was printed. With
@@ -51,6 +52,9 @@ pub struct SubArgs {
     #[arg(long, value_name = "TEXT", default_value = "\\n", value_parser = units::separator, allow_hyphen_values = true)]
     delimiter: Bytes,
 
+    #[command(flatten)]
+    consistency: ConsistencyArg,
+
     /// How long to try again when the server is away; `0s`: try once
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = units::duration)]
     retry_for: Duration,
@@ -65,6 +69,57 @@ pub struct SubArgs {
 
 type Bytes = std::vec::Vec<u8>;
 
+/// `--consistency`.
+#[derive(Debug, Clone, Copy, Args)]
+pub(super) struct ConsistencyArg {
+    /// `local`: what a replica has applied, even without a leader or a quorum; how recent that is, is told
+    #[arg(long, value_enum, value_name = "WHICH", default_value_t = Consistency::Linearizable)]
+    consistency: Consistency,
+}
+
+/// What a read may show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Consistency {
+    /// Everything acknowledged before the read began; the leader is asked
+    Linearizable,
+    /// What a replica has applied: perhaps not the newest
+    Local,
+}
+
+impl ConsistencyArg {
+    pub(super) fn get(self) -> proto::Consistency {
+        match self.consistency {
+            Consistency::Linearizable => proto::Consistency::Linearizable,
+            Consistency::Local => proto::Consistency::Local,
+        }
+    }
+}
+
+/// "shard 0 as n2 has it: up to sequence 41; it heard from the leader 12 ms ago".
+pub(super) fn freshness_note(fresh: &proto::Freshness) -> String {
+    let heard = match fresh.heard_ago_us {
+        Some(ago) => format!("in touch with the leader {} ago", show_age_us(ago)),
+        None => "not in touch with a leader since it started".to_owned(),
+    };
+    let behind = match fresh.unapplied_entries {
+        0 => String::new(),
+        n => format!(", {} entries not applied yet", show_count(n)),
+    };
+    format!(
+        "shard {} as n{} has it: up to sequence {}, {heard}{behind}",
+        fresh.shard,
+        fresh.node_id,
+        fresh.tail.saturating_sub(1)
+    )
+}
+
+pub(super) fn freshness_json(fresh: &proto::Freshness) -> serde_json::Value {
+    serde_json::json!({
+        "shard": fresh.shard, "node_id": fresh.node_id, "tail": fresh.tail, "heard_ago_us": fresh.heard_ago_us,
+        "unapplied_entries": fresh.unapplied_entries,
+    })
+}
+
 /// Counts of what was printed.
 #[derive(Debug, Default)]
 struct Done {
@@ -77,6 +132,7 @@ impl SubArgs {
         let mut builder = self
             .connect
             .client(globals)?
+            .with_consistency(self.consistency.get())
             .reader(&self.stream)
             .from(self.from.clone())
             .shards(self.shard.iter().copied());
@@ -147,7 +203,13 @@ impl SubArgs {
                         to - 1
                     ));
                 }
-                ReadEvent::CaughtUp { .. } | ReadEvent::Heartbeat { .. } => out.flush()?,
+                ReadEvent::CaughtUp { freshness, .. } => {
+                    out.flush()?;
+                    for fresh in freshness.iter().filter(|_| !self.quiet && !self.follow) {
+                        output::status(freshness_note(fresh));
+                    }
+                }
+                ReadEvent::Heartbeat { .. } => out.flush()?,
             }
         }
         Ok(out.flush()?)

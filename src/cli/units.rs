@@ -166,9 +166,39 @@ pub(super) fn show_duration_us(us: u64) -> String {
     humantime::format_duration(Duration::from_micros(us)).to_string()
 }
 
+/// How far something is behind: `1,200 entries, 3.1 MiB, 2.4 s`; empty: not at all.
+pub(super) fn show_lag(entries: u64, bytes: Option<u64>, us: Option<u64>) -> String {
+    if entries == 0 {
+        return String::new();
+    }
+    let mut parts = vec![format!(
+        "{} {}",
+        show_count(entries),
+        if entries == 1 { "entry" } else { "entries" }
+    )];
+    parts.extend(bytes.filter(|b| *b > 0).map(show_size));
+    parts.extend(us.filter(|us| *us > 0).map(show_age_us));
+    parts.join(", ")
+}
+
+/// How long something has taken, or is ago: `12 ms`, `1.3 s`, and from a minute on `3m 20s`.
+pub(super) fn show_age_us(us: u64) -> String {
+    match us {
+        0..1_000_000 => format!("{} ms", us / 1_000),
+        1_000_000..60_000_000 => format!("{:.1} s", us as f64 / 1e6),
+        // To the second: more is noise.
+        60_000_000.. => show_duration_us(us / 1_000_000 * 1_000_000),
+    }
+}
+
 /// `2026-01-31T12:00:00.000000Z`.
 pub(super) fn show_time_us(us: u64) -> String {
     humantime::format_rfc3339_micros(UNIX_EPOCH + Duration::from_micros(us)).to_string()
+}
+
+/// `2026-01-31T12:00:00.000Z`, for what people look at.
+pub(super) fn show_time_ms(us: u64) -> String {
+    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_micros(us)).to_string()
 }
 
 /// `12.3 ms`, for latencies.
@@ -229,6 +259,13 @@ mod tests {
         assert_eq!(show_size(1_536), "1.5 KiB");
         assert_eq!(show_time_us(1_000_000), "1970-01-01T00:00:01.000000Z");
         assert_eq!(show_latency_us(12_345), "12.35 ms");
+        assert_eq!(show_lag(0, Some(1), Some(1)), "");
+        assert_eq!(show_lag(1, None, Some(0)), "1 entry");
+        assert_eq!(
+            show_lag(1_200, Some(3 << 20), Some(2_400_000)),
+            "1,200 entries, 3.0 MiB, 2.4 s"
+        );
+        assert_eq!(show_age_us(200_700_000), "3m 20s");
         assert_eq!(separator("a\\n\\n\\0"), Ok(b"a\n\n\0".to_vec()));
         assert!(separator("\\x").is_err());
     }

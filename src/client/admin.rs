@@ -219,13 +219,16 @@ impl Client {
 
     /// What the server says of itself.
     pub async fn server_info(&self) -> Result<v1::GetServerInfoResponse, ClientError> {
-        self.connection
+        let info = self
+            .connection
             .call(Repeat::Safe, async |c| {
                 ServerServiceClient::new(c)
                     .get_server_info(self.request(v1::GetServerInfoRequest {}))
                     .await
             })
-            .await
+            .await?;
+        self.connection.take_nodes(&info.nodes);
+        Ok(info)
     }
 
     /// Publishes a few messages (1–1,000) and waits for their acks, one per message. `stream` may be empty: then the
@@ -251,13 +254,16 @@ impl Client {
         };
         let answer = self
             .connection
-            .call(repeat, async |c| {
+            .call_about(Some(stream), repeat, async |c| {
                 PublishServiceClient::new(c)
                     .max_encoding_message_size(GRPC_MESSAGE_BYTES_MAX)
                     .publish(self.request(request.clone()))
                     .await
             })
             .await?;
+        if let Some(leader) = &answer.leader {
+            self.connection.follow(stream, leader);
+        }
         let durability = answer.durability();
         let stream_id: Arc<str> = answer.stream_id.as_str().into();
         Ok(answer
@@ -277,41 +283,47 @@ impl Client {
             .collect())
     }
 
-    async fn get(&self, stream: &str, by: v1::get_request::By) -> Result<StoredMessage, ClientError> {
+    /// The message that `by` names, and how recent the replica is that has told it, if this client reads
+    /// [locally](Client::with_consistency).
+    pub async fn get(
+        &self,
+        stream: &str,
+        by: v1::get_request::By,
+    ) -> Result<(StoredMessage, Option<v1::Freshness>), ClientError> {
         let request = v1::GetRequest {
             namespace: self.namespace(),
             stream: stream.to_owned(),
             by: Some(by),
+            consistency: self.consistency.into(),
         };
+        // A local read is for whatever node is near.
+        let about = (self.consistency != v1::Consistency::Local).then_some(stream);
         let answer = self
             .connection
-            .call(Repeat::Safe, async |c| {
+            .call_about(about, Repeat::Safe, async |c| {
                 ReadServiceClient::new(c)
                     .max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX)
                     .get(self.request(request.clone()))
                     .await
             })
             .await?;
-        required(answer.message).map(Into::into)
+        if let Some(leader) = &answer.leader {
+            self.connection.follow(stream, leader);
+        }
+        Ok((required(answer.message)?.into(), answer.freshness))
     }
 
     /// The message with this sequence.
     pub async fn get_by_sequence(&self, stream: &str, shard: u32, sequence: u64) -> Result<StoredMessage, ClientError> {
-        self.get(
-            stream,
-            v1::get_request::By::Sequence(v1::GetBySequence { shard, sequence }),
-        )
-        .await
+        let by = v1::get_request::By::Sequence(v1::GetBySequence { shard, sequence });
+        Ok(self.get(stream, by).await?.0)
     }
 
     /// The last message with this subject (without wildcards).
     pub async fn get_last_by_subject(&self, stream: &str, subject: &str) -> Result<StoredMessage, ClientError> {
         let subject = subject.to_owned();
-        self.get(
-            stream,
-            v1::get_request::By::LastBySubject(v1::GetLastBySubject { subject }),
-        )
-        .await
+        let by = v1::get_request::By::LastBySubject(v1::GetLastBySubject { subject });
+        Ok(self.get(stream, by).await?.0)
     }
 
     /// The first message appended at or after this time, in microseconds since the Unix epoch.
@@ -321,11 +333,8 @@ impl Client {
         shard: u32,
         time_us: u64,
     ) -> Result<StoredMessage, ClientError> {
-        self.get(
-            stream,
-            v1::get_request::By::FirstAtTime(v1::GetFirstAtTime { shard, time_us }),
-        )
-        .await
+        let by = v1::get_request::By::FirstAtTime(v1::GetFirstAtTime { shard, time_us });
+        Ok(self.get(stream, by).await?.0)
     }
 
     /// A page of messages. To go on, start at the cursor of the page before.
@@ -345,6 +354,7 @@ impl Client {
             max_messages,
             max_bytes: 0,
             wait_us: 0,
+            consistency: self.consistency.into(),
         };
         let answer = self
             .connection
@@ -359,6 +369,7 @@ impl Client {
             messages: answer.messages.into_iter().map(Into::into).collect(),
             cursor: answer.cursor,
             caught_up: answer.caught_up,
+            freshness: answer.freshness,
         })
     }
 }

@@ -36,6 +36,8 @@ const FRAME_BYTES: u32 = 1 << 20;
 pub struct ClientConfig {
     /// `host:port` of any number of the cluster's nodes. They are tried in turn.
     pub addresses: Vec<String>,
+    /// Also use the other nodes of the cluster, at the addresses that they advertise. Default: yes.
+    pub learn_nodes: bool,
     /// Namespace of every stream named by this client. Empty: `default`.
     pub namespace: String,
     /// Speak TLS.
@@ -78,6 +80,7 @@ impl ClientConfig {
     {
         ClientConfig {
             addresses: addresses.into_iter().map(Into::into).collect(),
+            learn_nodes: true,
             namespace: String::new(),
             tls: None,
             connect_timeout: Duration::from_secs(5),

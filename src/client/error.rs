@@ -19,6 +19,10 @@ pub mod reason {
     pub const CONNECTION_LOST: &str = "CONNECTION_LOST";
     /// The publisher, reader or client was closed.
     pub const CLOSED: &str = "CLOSED";
+    /// The server is stopping and asks its clients to go to another node.
+    pub const GO_AWAY: &str = "GO_AWAY";
+    /// The server is stopping.
+    pub const STOPPING: &str = "STOPPING";
     /// The call took longer than allowed.
     pub const TIMED_OUT: &str = "TIMED_OUT";
     /// An address, certificate or option makes no sense.

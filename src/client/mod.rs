@@ -50,7 +50,9 @@ pub use crate::wire::v1 as proto;
 /// A connection to a cluster, for any number of addresses. Cheap to clone; clones share connections.
 ///
 /// Connections are made when they are first needed, and made again when they broke. Calls that certainly did not
-/// happen, or can be repeated safely, are tried again, at the other addresses too.
+/// happen, or can be repeated safely, are tried again, at the other addresses too; and at those of the cluster's other
+/// nodes, which the client learns from the first that answers ([`ClientConfig::learn_nodes`]). Publishes go to the
+/// leader's node once an answer has told which that is.
 ///
 /// ```no_run
 /// use mainstem::client::{Client, ClientError};
@@ -66,6 +68,7 @@ pub use crate::wire::v1 as proto;
 #[derive(Debug, Clone)]
 pub struct Client {
     connection: Arc<Connection>,
+    consistency: proto::Consistency,
 }
 
 impl Client {
@@ -81,7 +84,15 @@ impl Client {
     pub fn new(config: ClientConfig) -> Result<Self, ClientError> {
         Ok(Client {
             connection: Connection::new(config)?,
+            consistency: proto::Consistency::Linearizable,
         })
+    }
+
+    /// The same client, with reads of this consistency. [`Local`](proto::Consistency::Local) ones show what a replica has
+    /// applied: they work without a leader, and tell how far behind they may be.
+    pub fn with_consistency(mut self, consistency: proto::Consistency) -> Self {
+        self.consistency = consistency;
+        self
     }
 
     /// Settings of a publisher to this stream; `open` makes it.
@@ -91,6 +102,6 @@ impl Client {
 
     /// Settings of a reader of this stream; `open` makes it.
     pub fn reader(&self, stream: impl Into<String>) -> ReaderBuilder {
-        ReaderBuilder::new(Arc::clone(&self.connection), stream.into())
+        ReaderBuilder::new(Arc::clone(&self.connection), stream.into(), self.consistency)
     }
 }

@@ -302,6 +302,7 @@ impl PublishService for Service {
                 window: Some(state.window),
                 batch_bytes_max: 8 << 20,
                 last_producer_sequence: last,
+                ..v1::PublishOpened::default()
             };
             (opened, producer)
         };
@@ -401,6 +402,7 @@ impl ReadService for Service {
                 sequence: end,
             }],
             cursor: Bytes::copy_from_slice(&end.to_le_bytes()),
+            freshness: Vec::new(),
         }));
         let (sender, receiver) = mpsc::channel(4);
         let state = Arc::clone(&self.state);

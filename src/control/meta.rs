@@ -181,7 +181,7 @@ impl Control {
             }
         }
         let command = pb::GroupCommand {
-            feature_level: crate::machine::FEATURE_LEVEL,
+            feature_level: self.view.feature_level(),
             op: Some(pb::group_command::Op::Meta(command)),
         };
         let mut pending = group.propose(command.encode_to_vec().into()).await?;

@@ -6,15 +6,18 @@ mod error;
 mod executor;
 pub mod membership;
 mod meta;
+mod news;
 pub mod operations;
 mod peers;
 pub mod placement;
 mod reconcile;
 pub mod reports;
 mod start;
+mod version;
 pub mod view;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use prost::Message;
@@ -37,6 +40,8 @@ use view::{StreamView, View};
 
 /// How long an admin call waits for its effect to be in place everywhere it must be.
 const SETTLE: Duration = Duration::from_secs(10);
+/// Hand-overs side by side when a node stops.
+const HAND_OVERS: usize = 32;
 /// How long a removed stream is kept unless the call says otherwise.
 pub const GRACE_DEFAULT_US: u64 = 3_600_000_000;
 
@@ -106,12 +111,48 @@ pub struct Control {
     peers: Option<Peers>,
     liveness: Liveness,
     orders: Orders,
+    stopping: AtomicBool,
 }
 
 impl Control {
     /// The cluster's streams.
     pub fn view(&self) -> &Arc<View> {
         &self.view
+    }
+
+    /// Whether this node is being stopped.
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Hands over what this node leads, and takes nothing more to lead: it is being stopped. Returns when others lead all of
+    /// it, or when the time is over: how many groups it still leads then. Those that are here alone are not counted.
+    pub async fn hand_over(&self, patience: Duration) -> usize {
+        self.stopping.store(true, Ordering::Release);
+        let begun = tokio::time::Instant::now();
+        let led = || -> Vec<Group> {
+            let others = |group: &Group| group.members().voters.len() > 1;
+            let all = self.groups.all().into_iter();
+            all.filter(|group| group.status().is_leader && others(group)).collect()
+        };
+        loop {
+            let (groups, left) = (led(), patience.saturating_sub(begun.elapsed()));
+            if groups.is_empty() || left.is_zero() {
+                return groups.len();
+            }
+            // The catalog's last: the others may want to tell it something.
+            let (meta, data): (Vec<_>, Vec<_>) = groups.into_iter().partition(|group| group.id == GroupId::META);
+            for part in [data, meta] {
+                let steps = part.into_iter().map(|group| async move {
+                    if let Err(error) = group.step_down(left).await {
+                        tracing::debug!(group = %group.id, %error, "not handed over");
+                    }
+                });
+                let all = futures_util::StreamExt::buffer_unordered(futures_util::stream::iter(steps), HAND_OVERS);
+                futures_util::StreamExt::for_each(all, |()| std::future::ready(())).await;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     fn meta(&self) -> Result<Group, AdminError> {
@@ -122,7 +163,7 @@ impl Control {
 
     async fn propose_shard(&self, group: &Group, op: pb::group_command::Op) -> Result<Applied, ProposeError> {
         let command = pb::GroupCommand {
-            feature_level: crate::machine::FEATURE_LEVEL,
+            feature_level: self.view.feature_level(),
             op: Some(op),
         };
         let (_, _, applied) = group.propose(command.encode_to_vec().into()).await?.wait().await?;
@@ -208,6 +249,11 @@ impl Control {
             removed_until: now.removed_until,
             ..then
         }))
+    }
+
+    /// After this, the view has everything that was committed before the call.
+    pub async fn catch_up(&self) -> Result<(), AdminError> {
+        self.barrier().await
     }
 
     /// A stream by name, after a barrier: what is not found does not exist.

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::view::View;
 use crate::model::{NodeId, ReplicaId};
 use crate::raft::transport::{KnownPeer, PeerMap, PeerMemory};
-use crate::storage::{ClusterHints, PeerHint};
+use crate::storage::{ClusterHints, PeerHint, SeenStore};
 use crate::wire::internal as pb;
 
 /// After a failed write.
@@ -150,18 +150,23 @@ impl PeerMemory for HintsKeeper {
     fn load(&self) -> Vec<KnownPeer> {
         let hints = self.hints.lock();
         let seen = hints.peers.iter().filter_map(|peer| {
-            let (store_id, incarnation) = peer.seen?;
+            let seen = peer.seen?;
             Some(KnownPeer {
                 node: peer.node,
-                store_id,
-                incarnation,
+                store_id: seen.store_id,
+                incarnation: seen.incarnation,
+                start: seen.start,
             })
         });
         seen.collect()
     }
 
     fn remember(&self, peer: KnownPeer) {
-        let seen = Some((peer.store_id, peer.incarnation));
+        let seen = Some(SeenStore {
+            store_id: peer.store_id,
+            incarnation: peer.incarnation,
+            start: peer.start,
+        });
         entry(&mut self.hints.lock().peers, peer.node).seen = seen;
         self.changed.notify_one();
     }

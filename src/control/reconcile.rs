@@ -11,41 +11,67 @@ use tokio_util::sync::CancellationToken;
 use super::Control;
 use super::meta::QUORUM_AGE;
 use super::view::{ShardPlace, StreamView};
-use crate::model::{GroupId, Revision, ShardId};
+use crate::model::{GroupId, LogIndex, ReplicaId, Revision, ShardId};
 use crate::raft::{Group, ProposeError};
 use crate::wire::spec::shard_config;
 use crate::wire::{internal as pb, v1};
 
 /// Also without a change, for graces that end and steps that failed.
 const AT_LEAST_EVERY: Duration = Duration::from_secs(1);
+/// While streams wait for a leader here that no quorum has answered yet.
+const SOON: Duration = Duration::from_millis(5);
+
+/// Whether what is to be done has been done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Done {
+    /// Or it is others' to do, or found by looking now and then.
+    Enough,
+    /// It can be done in a moment.
+    NotYet,
+}
 
 pub(super) async fn run(control: Arc<Control>, token: CancellationToken) {
     let mut changes = control.view.watch();
+    let mut events = control.groups.events();
     loop {
         changes.borrow_and_update();
         // Every step is found again: none needs to be waited for when the node stops.
-        match token.run_until_cancelled(round(&control)).await {
+        let pause = match token.run_until_cancelled(round(&control)).await {
             None => return,
-            Some(Ok(())) => {}
-            Some(Err(e)) => tracing::warn!(error = %e, "reconciling stopped short; it is tried again"),
-        }
+            Some(Ok(Done::Enough)) => AT_LEAST_EVERY,
+            Some(Ok(Done::NotYet)) => SOON,
+            Some(Err(e)) => {
+                tracing::warn!(error = %e, "reconciling stopped short; it is tried again");
+                AT_LEAST_EVERY
+            }
+        };
         tokio::select! {
             () = token.cancelled() => return,
             _ = changes.changed() => {}
-            () = tokio::time::sleep(AT_LEAST_EVERY) => {}
+            // A new leader has work of its own. Missed events are made up for by looking.
+            _ = events.recv() => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
 
-async fn round(control: &Control) -> Result<(), ProposeError> {
+async fn round(control: &Control) -> Result<Done, ProposeError> {
     if control.peers.is_some() {
         control.start_meta_again().await?;
-        set_aside(control).await;
+        clear_out(control).await;
     }
     control.start_groups().await?;
+    if control.peers.is_some() {
+        purge_to_floors(control).await;
+    }
+    let mut all = Done::Enough;
     for stream in control.view.all_streams() {
         let done = match stream.state {
-            v1::StreamState::Creating => create(control, &stream).await,
+            v1::StreamState::Creating => create(control, &stream).await.map(|done| {
+                if done == Done::NotYet {
+                    all = done;
+                }
+            }),
             v1::StreamState::Active => update(control, &stream).await,
             v1::StreamState::Removed => forget(control, &stream).await,
             v1::StreamState::Unspecified => Ok(()),
@@ -59,7 +85,7 @@ async fn round(control: &Control) -> Result<(), ProposeError> {
         }
     }
     quarantine(control);
-    Ok(())
+    Ok(all)
 }
 
 fn config_of(stream: &StreamView, place: &ShardPlace) -> pb::ShardConfig {
@@ -70,8 +96,9 @@ fn revision_here(control: &Control, shard: ShardId) -> Option<Revision> {
     control.groups.directory().get(shard).map(|s| s.positions().revision)
 }
 
-async fn create(control: &Control, stream: &StreamView) -> Result<(), ProposeError> {
+async fn create(control: &Control, stream: &StreamView) -> Result<Done, ProposeError> {
     let mut all_here = true;
+    let mut done = Done::Enough;
     for place in &stream.shards {
         if revision_here(control, place.shard).is_some() {
             let led = control
@@ -82,13 +109,18 @@ async fn create(control: &Control, stream: &StreamView) -> Result<(), ProposeErr
             continue;
         }
         let Some(group) = control.groups.get(place.group) else {
-            // Its group starts in this round or the next, here or on other nodes.
-            return Ok(());
+            // Its group starts in this round or the next, here or on other nodes; those of the other shards may be here.
+            all_here = false;
+            continue;
         };
         if control.peers.is_none() {
             group.wait_ready(super::start::START).await?;
         } else if !group.leads_quorum(QUORUM_AGE) {
             all_here = false;
+            let since = group.watch_leader().borrow().since;
+            if group.leads() && since.elapsed().is_ok_and(|led| led < AT_LEAST_EVERY) {
+                done = Done::NotYet;
+            }
             continue;
         }
         control
@@ -105,7 +137,7 @@ async fn create(control: &Control, stream: &StreamView) -> Result<(), ProposeErr
     if all_here {
         control.activate(stream.id).await;
     }
-    Ok(())
+    Ok(done)
 }
 
 async fn update(control: &Control, stream: &StreamView) -> Result<(), ProposeError> {
@@ -191,25 +223,90 @@ fn is_ours(control: &Control, group: &Group) -> bool {
     control.peers.is_none() || group.leads_quorum(QUORUM_AGE)
 }
 
-/// Replicas that were removed from their groups are stopped, and their logs set aside. Only what the catalog says was
-/// removed: what it merely does not know is left as it is.
-async fn set_aside(control: &Control) {
+/// Replicas that were removed from their groups are stopped and what they have left here is removed; then the catalog is
+/// told, and the node may get another replica of the group. Only what the catalog says was removed: what it merely does
+/// not know is left as it is.
+async fn clear_out(control: &Control) {
+    for (group, owner) in control.groups.left_here() {
+        if group == GroupId::META || !is_removed(control, group, owner) {
+            continue;
+        }
+        let replica = owner.map(ReplicaId::get);
+        match control.groups.clear_out(group).await {
+            Ok(()) => tracing::info!(%group, replica, "what a removed replica had left here is removed"),
+            Err(error) => tracing::warn!(%group, replica, %error, "what a removed replica has left is not removed yet"),
+        }
+    }
     for record in control.view.group_records() {
         let group = GroupId::new(record.group_id);
-        let own = |replica: &&pb::ReplicaRecord| replica.node_id == control.facts.node.get();
-        let Some(removed) = record.removed.iter().find(own) else {
-            continue;
-        };
-        if record.replicas.iter().any(|replica| own(&replica)) || control.groups.is_aside(group) {
-            continue;
+        for gone in record.removed.iter().filter(|replica| is_here(control, replica)) {
+            let left = control
+                .groups
+                .left_here()
+                .into_iter()
+                .any(|(id, owner)| id == group && owner.is_none_or(|owner| owner.get() == gone.replica_id));
+            if !left {
+                let op = pb::meta_command::Op::ReplicaGone(pb::ReplicaGone {
+                    group_id: record.group_id,
+                    replica_id: gone.replica_id,
+                });
+                control.tell_catalog("a replica that is gone", op).await;
+            }
         }
-        let runs = control.groups.get(group);
-        if runs.is_some_and(|runs| runs.replica.get() != removed.replica_id) {
-            continue;
-        }
-        tracing::info!(%group, replica = removed.replica_id, "a replica that was removed is set aside");
-        control.groups.set_aside(group).await;
     }
+}
+
+fn is_here(control: &Control, replica: &pb::ReplicaRecord) -> bool {
+    replica.node_id == control.facts.node.get()
+}
+
+/// Whether the catalog, as far as it is known here, says that this replica of a group was removed. Ids are given once, in
+/// order: one that is below the next to be given, and of which the group's record knows nothing, was there before.
+fn is_removed(control: &Control, group: GroupId, owner: Option<ReplicaId>) -> bool {
+    let Some(cluster) = control.view.cluster() else {
+        return false;
+    };
+    let Some(record) = control.view.group_record(group) else {
+        return group.get() < cluster.next_group_id;
+    };
+    match owner {
+        // It cannot go on, and its successor comes to this node.
+        Some(owner) if is_succeeded(control, &record, owner) => true,
+        Some(owner) => {
+            owner.get() < cluster.next_replica_id && !record.replicas.iter().any(|r| r.replica_id == owner.get())
+        }
+        // Set aside by a version that did not note whose it was: it did that to removed ones alone.
+        None => control.groups.is_aside(group),
+    }
+}
+
+/// Whether a replica here that cannot go on is being replaced by another one on this node.
+fn is_succeeded(control: &Control, record: &pb::GroupRecord, owner: ReplicaId) -> bool {
+    let faulty = control.groups.faults().iter().any(|(_, replica, _)| *replica == owner);
+    let Some(change) = record
+        .change
+        .as_ref()
+        .filter(|change| change.remove.contains(&owner.get()))
+    else {
+        return false;
+    };
+    let here = |id: &u64| {
+        record
+            .replicas
+            .iter()
+            .any(|r| r.replica_id == *id && is_here(control, r))
+    };
+    faulty && change.add.iter().any(here)
+}
+
+/// Logs whose groups sealed or adopted shards are purged up to there, so that no replica begins with them.
+async fn purge_to_floors(control: &Control) {
+    for group in control.groups.all() {
+        if let Some(record) = control.view.group_record(group.id) {
+            group.set_floor(LogIndex::new(record.log_floor));
+        }
+    }
+    control.groups.purge_to_floors().await;
 }
 
 /// Shards that no stream names are reported, never removed.

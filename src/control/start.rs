@@ -1,5 +1,6 @@
 //! How the control plane of a node begins: alone, as the founder of a cluster, or as one of its nodes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,12 +8,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::executor::{self, Liveness, Orders};
 use super::view::View;
-use super::{AdminError, Control, meta, reconcile};
+use super::{AdminError, Control, meta, reconcile, version};
 use crate::base::alarms::Alarms;
 use crate::base::clock::Clock;
 use crate::base::tasks::Tasks;
 use crate::machine::MetaOutcome;
-use crate::model::{GroupId, NodeId, ReplicaId};
+use crate::model::{GroupId, LogIndex, NodeId, ReplicaId};
 use crate::raft::transport::Peers;
 use crate::raft::{Groups, Origin, ProposeError};
 use crate::wire::internal as pb;
@@ -42,6 +43,9 @@ pub struct NodeFacts {
     pub store_id: u128,
     pub peer_address: String,
     pub zone: String,
+    pub tags: BTreeMap<String, String>,
+    /// Fixed when the cluster is founded.
+    pub replace_after: Duration,
 }
 
 impl NodeFacts {
@@ -55,7 +59,7 @@ impl NodeFacts {
             peer_address: self.peer_address.clone(),
             client_address: self.client_address.clone(),
             zone: self.zone.clone(),
-            tags: Default::default(),
+            tags: self.tags.clone(),
             cluster_version_max: CLUSTER_VERSION_MAX,
             binary_version: env!("CARGO_PKG_VERSION").to_owned(),
         }
@@ -67,6 +71,8 @@ impl NodeFacts {
             && known.peer_address == self.peer_address
             && known.client_address == self.client_address
             && known.zone == self.zone
+            && known.tags == self.tags
+            && known.cluster_version_max == CLUSTER_VERSION_MAX
             && known.name == self.name
     }
 }
@@ -100,6 +106,7 @@ impl Control {
             peers,
             liveness: Liveness::default(),
             orders: Orders::default(),
+            stopping: Default::default(),
         })
     }
 
@@ -139,6 +146,14 @@ impl Control {
         if start.founder && self.view.cluster().is_none() {
             meta.wait_ready(START).await?;
             self.found_cluster(start.cluster_id).await?;
+            let settings = pb::UpdateSettings {
+                replace_after_us: Some(u64::try_from(self.facts.replace_after.as_micros()).unwrap_or(u64::MAX)),
+                ..pb::UpdateSettings::default()
+            };
+            let op = pb::meta_command::Op::UpdateSettings(settings);
+            if let MetaOutcome::Refused(refusal) = self.propose_meta(String::new(), op).await? {
+                return Err(AdminError::Refused(refusal));
+            }
             let op = pb::meta_command::Op::JoinNode(self.facts.join_node());
             if let MetaOutcome::Refused(refusal) = self.propose_meta(String::new(), op).await? {
                 return Err(AdminError::Refused(refusal));
@@ -166,6 +181,7 @@ impl Control {
         if tokio::time::timeout(LEADERS, heard).await.is_err() {
             tracing::warn!("not every group that has a replica here has a leader yet");
         }
+        tasks.spawn_vital("cluster version", version::raise(self.clone(), tasks.token()));
         tasks.spawn_vital("executor", executor::lead(self.clone(), tasks.token()));
         tasks.spawn_vital("group duties", executor::serve_groups(self.clone(), tasks.token()));
         Ok(())
@@ -224,14 +240,17 @@ impl Control {
                 }
                 if self.peers.is_none() {
                     self.groups.start(place.group, *replica).await?;
-                } else if self.groups.is_aside(place.group) {
-                    tracing::error!(
-                        group = %place.group,
-                        "a former replica of this group was set aside here: another one cannot run on this node"
-                    );
+                } else if self.groups.is_other(place.group, *replica) {
+                    // The reconciler removes what the former one has left, as soon as it is known to be removed.
+                    tracing::debug!(group = %place.group, %replica, "a former replica's data is in the way yet");
                 } else {
                     let origin = self.origin(place.group, *replica);
-                    if let Err(error) = self.groups.start_as(place.group, *replica, origin).await {
+                    let floor = self.view.group_record(place.group).map_or(0, |record| record.log_floor);
+                    let started = self
+                        .groups
+                        .start_at(place.group, *replica, origin, LogIndex::new(floor))
+                        .await;
+                    if let Err(error) = started {
                         // The others go on.
                         tracing::error!(group = %place.group, %replica, %error, "a replica could not be started");
                     }

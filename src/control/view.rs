@@ -7,6 +7,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
+use crate::machine::feature_level_of;
 use crate::machine::placement::ClusterShape;
 use crate::model::partition::{Partitioning, ShardMap};
 use crate::model::subject::{Filter, FilterSet};
@@ -87,6 +88,14 @@ impl StreamView {
     }
 }
 
+/// A shard on its way from one group to another, as the catalog has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShardOnItsWay {
+    pub stream: String,
+    pub shard: ShardId,
+    pub moving: pb::ShardMove,
+}
+
 /// A group and who holds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupPlace {
@@ -103,6 +112,9 @@ struct Inner {
     streams: HashMap<StreamId, Arc<StreamView>>,
     /// As the catalog has them.
     stream_records: HashMap<StreamId, Arc<pb::StreamRecord>>,
+    /// The stream of each shard, and the group that owns it.
+    owners: HashMap<ShardId, (StreamId, GroupId)>,
+    moves: BTreeMap<ShardId, ShardOnItsWay>,
     /// Only streams that are not removed. Ordered, for listings.
     names: BTreeMap<(String, String), StreamId>,
     /// The streams of a namespace by the first token of their literal subjects; "" holds those that begin with a
@@ -118,6 +130,30 @@ fn first_token(filter: &str) -> &str {
 }
 
 impl Inner {
+    fn index_shards(&mut self, record: &pb::StreamRecord) {
+        let Some(id) = StreamId::parse(&record.stream_id) else {
+            return;
+        };
+        for place in &record.shards {
+            let shard = ShardId::new(place.shard_id);
+            self.owners.insert(shard, (id, GroupId::new(place.group_id)));
+            match place.moving {
+                Some(moving) => {
+                    let stream = record.stream_id.clone();
+                    self.moves.insert(shard, ShardOnItsWay { stream, shard, moving });
+                }
+                None => drop(self.moves.remove(&shard)),
+            }
+        }
+    }
+
+    fn unindex_shards(&mut self, stream: &StreamView) {
+        for place in &stream.shards {
+            self.owners.remove(&place.shard);
+            self.moves.remove(&place.shard);
+        }
+    }
+
     fn unindex(&mut self, stream: &StreamView) {
         if self.names.get(&stream.key()) == Some(&stream.id) {
             self.names.remove(&stream.key());
@@ -177,6 +213,12 @@ impl View {
         self.inner.read().cluster.clone()
     }
 
+    /// The newest feature level that may be written now.
+    pub fn feature_level(&self) -> u32 {
+        let inner = self.inner.read();
+        feature_level_of(inner.cluster.as_ref().map_or(1, |cluster| cluster.cluster_version))
+    }
+
     /// Every node.
     pub fn nodes(&self) -> Vec<pb::NodeRecord> {
         self.inner.read().nodes.values().cloned().collect()
@@ -207,6 +249,13 @@ impl View {
         self.inner.read().nodes.get(&node).cloned()
     }
 
+    /// Where a node takes clients; `None`: it is not known.
+    pub fn client_address(&self, node: NodeId) -> Option<String> {
+        let inner = self.inner.read();
+        let record = inner.nodes.get(&node)?;
+        Some(record.client_address.clone()).filter(|address| !address.is_empty())
+    }
+
     /// The node that hosts a replica of the meta group.
     pub fn meta_node(&self, replica: ReplicaId) -> Option<NodeId> {
         let inner = self.inner.read();
@@ -214,6 +263,27 @@ impl View {
         nodes
             .find(|(_, node)| node.meta_replica_id == replica.get())
             .map(|(id, _)| *id)
+    }
+
+    /// The group that owns a shard; `None`: no stream names it.
+    pub fn owner_of(&self, shard: ShardId) -> Option<GroupId> {
+        self.inner.read().owners.get(&shard).map(|(_, group)| *group)
+    }
+
+    /// Whether the stream of a shard is not removed.
+    pub fn is_in_use(&self, shard: ShardId) -> bool {
+        let inner = self.inner.read();
+        let stream = inner
+            .owners
+            .get(&shard)
+            .and_then(|(stream, _)| inner.streams.get(stream));
+        stream.is_some_and(|stream| stream.state != v1::StreamState::Removed)
+    }
+
+    /// The shards that are on their way from or to a group. Ascending.
+    pub fn moves_of(&self, group: GroupId) -> Vec<ShardOnItsWay> {
+        let touches = |on: &&ShardOnItsWay| [on.moving.from_group, on.moving.to_group].contains(&group.get());
+        self.inner.read().moves.values().filter(touches).cloned().collect()
     }
 
     /// The cluster as far as planning needs it; every node counts as live. `None`: there is no cluster yet.
@@ -313,6 +383,7 @@ impl MetaObserver for View {
                         Ok(stream) => {
                             let stream = Arc::new(stream);
                             inner.stream_records.insert(stream.id, record.clone());
+                            inner.index_shards(record);
                             if let Some(old) = inner.streams.insert(stream.id, stream.clone()) {
                                 inner.unindex(&old);
                             }
@@ -323,6 +394,7 @@ impl MetaObserver for View {
                         inner.stream_records.remove(id);
                         if let Some(old) = inner.streams.remove(id) {
                             inner.unindex(&old);
+                            inner.unindex_shards(&old);
                         }
                     }
                 }

@@ -93,6 +93,12 @@ impl GroupMachine {
         self.shards.values()
     }
 
+    /// Another group's replica on this node has taken the shard over from a snapshot: what is left in this group's log of it
+    /// is of no effect here, as after a restart, when only the shards that are recorded as this group's are loaded.
+    pub fn forget_shard(&mut self, shard: ShardId) {
+        self.shards.remove(&shard);
+    }
+
     /// The catalog, in the meta group.
     pub fn meta(&self) -> Option<&MetaMachine> {
         self.meta.as_ref()

@@ -11,7 +11,7 @@ pub mod placement;
 pub mod port;
 pub mod shard;
 
-pub use group::{GroupMachine, GroupOutcome};
+pub use group::{GroupMachine, GroupOutcome, waits_for};
 pub use meta::{MetaMachine, MetaOutcome, MetaRefusal};
 pub use outcome::{
     Duplicate, DuplicateItem, ExpireOutcome, ItemOutcome, PurgeOutcome, Refusal, StoredItem, UpdateOutcome,
@@ -22,6 +22,15 @@ use port::ViewError;
 
 /// The newest feature level that this binary knows. Level 1 is the first.
 pub const FEATURE_LEVEL: u32 = 1;
+
+/// Feature levels, each with the cluster version from which on it may be written: then every node knows it.
+const LEVELS: &[(u32, u32)] = &[(1, 1)];
+
+/// The newest feature level that may be written while this cluster version is in force.
+pub fn feature_level_of(cluster_version: u32) -> u32 {
+    let allowed = LEVELS.iter().filter(|(version, _)| *version <= cluster_version.max(1));
+    allowed.map(|(_, level)| *level).max().unwrap_or(1).min(FEATURE_LEVEL)
+}
 
 /// Why applying stops. None of these is an answer to a client: the replica must not go on.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -67,5 +76,25 @@ impl LoadError {
             what: what.into(),
             why: why.to_string(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_has_its_version() {
+        assert_eq!(feature_level_of(0), 1, "before there were versions");
+        for pair in LEVELS.windows(2) {
+            assert!(pair[0].0 < pair[1].0 && pair[0].1 < pair[1].1, "{pair:?}");
+        }
+        let newest = LEVELS.last().map(|(_, level)| *level);
+        assert_eq!(
+            newest,
+            Some(FEATURE_LEVEL),
+            "a level that no version lets through is never written"
+        );
+        assert_eq!(feature_level_of(u32::MAX), FEATURE_LEVEL);
     }
 }

@@ -160,12 +160,14 @@ impl ClusterNode {
                 node: identity.node_id,
                 store_id: identity.store_id,
                 incarnation: identity.incarnation,
+                starts: identity.starts,
             },
             token.clone(),
         );
         // The configuration allows it on loopback alone.
         peer_config.allow_empty_token = config.listen.peer.is_some_and(is_private);
         peer_config.tls = client_tls;
+        peer_config.snapshot_bytes_per_second = config.raft.snapshot_rate.0;
         let (meta_replica, founder) = (hints.meta_replica, hints.founder);
         let keeper = HintsKeeper::new(dir, hints);
         let map = Arc::new(PeerMap::default());

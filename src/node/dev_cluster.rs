@@ -182,10 +182,8 @@ async fn start(args: &DevArgs, dir: &Path, kept: bool) -> Started {
             let text = format!("{} cannot be started: {error}", members[i].name);
             return Err((members, text));
         }
-        if i == 0
-            && !again
-            && let Err(text) = members[0].ready(begun).await
-        {
+        // One after the other, so that the first has the first id, and so on.
+        if !again && let Err(text) = members[i].ready(begun).await {
             return Err((members, text));
         }
     }
@@ -510,20 +508,42 @@ fn tour(members: &[Member], dir: &Path, kept: bool) -> String {
     });
     let _ = write!(
         text,
-        "\n  data in {}{kept}\n\n\
-         Type next, in another terminal:\n\n\
-         \x20 export MAINSTEM_SERVER={servers}\n\
-         \x20 mainstem cluster nodes\n\
-         \x20 mainstem stream create orders --replicas {replicas} --shards 4\n\
-         \x20 mainstem bench pub --stream orders\n\
-         \x20 mainstem shard ls orders                      # n1* leads, n3! is not current\n\
-         \x20 mainstem shard leader step-down orders/0      # another one leads\n\
-         \x20 mainstem cluster events                       # in a terminal of its own, then:\n\
-         \x20 kill -9 {victim}                              # {last} is gone\n\
-         \x20 mainstem cluster health\n\n\
-         Ctrl-C stops all nodes; what was acknowledged is on the disks of a quorum.",
+        "\n  data in {}{kept}\n\nType next, in another terminal:\n\n",
         dir.display()
     );
+    let lines = [
+        (format!("export MAINSTEM_SERVER={servers}"), String::new()),
+        ("mainstem cluster nodes".into(), String::new()),
+        (
+            format!("mainstem stream create orders --replicas {replicas} --shards 4"),
+            String::new(),
+        ),
+        ("mainstem bench pub --stream orders --subjects 50".into(), String::new()),
+        (
+            "mainstem shard ls orders".into(),
+            "n1* leads, n3! is not current".into(),
+        ),
+        (
+            "mainstem shard leader step-down orders/0".into(),
+            "another one leads".into(),
+        ),
+        (
+            "mainstem cluster events".into(),
+            "in a terminal of its own, then:".into(),
+        ),
+        (format!("kill -9 {victim}"), format!("{last} is gone")),
+        (
+            "mainstem cluster health".into(),
+            "says what is wrong, and exits with 10".into(),
+        ),
+    ];
+    for (line, about) in lines {
+        let _ = match about.as_str() {
+            "" => writeln!(text, "  {line}"),
+            about => writeln!(text, "  {line:42}  # {about}"),
+        };
+    }
+    text.push_str("\nCtrl-C stops all nodes; what was acknowledged is on the disks of a quorum.");
     text
 }
 

@@ -59,6 +59,10 @@ pub trait Engine: Send + Sync + 'static {
     /// Who tells about the data.
     fn status(&self) -> Arc<dyn StatusSource>;
 
+    /// Hands over what this node leads to others, within a bounded time. Called when the node was told to stop, before its
+    /// clients are told to go: they see no election.
+    fn hand_over(&self) -> BoxFuture<'_, ()>;
+
     /// Completes when every publish that was accepted is answered. Called when no request can come any more; given up
     /// when the drain timeout is over.
     fn drain(&self) -> BoxFuture<'_, ()>;

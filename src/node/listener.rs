@@ -16,6 +16,7 @@ use tonic_health::server::HealthReporter;
 use super::config::{Config, LimitsSection};
 use super::edge::Edge;
 use super::tls;
+use crate::base::error_chain;
 use crate::base::metric_names as names;
 use crate::base::net::{BoundedListener, Connection};
 use crate::wire::DESCRIPTOR_SET;
@@ -54,7 +55,7 @@ impl ClientListener {
         if let Some(tls) = tls::load(&config.tls)? {
             server = server
                 .tls_config(tls)
-                .map_err(|error| format!("tls: {}", chain(&error)))?;
+                .map_err(|error| format!("tls: {}", error_chain(&error)))?;
         }
         let address = config.listen.client;
         let connections_max = usize::try_from(config.limits.connections_max).unwrap_or(usize::MAX);
@@ -109,7 +110,7 @@ impl ClientListener {
             .add_routes(routes)
             .serve_with_incoming_shutdown(incoming, stop)
             .await
-            .map_err(|error| format!("the client listener ended: {}", chain(&error)))
+            .map_err(|error| format!("the client listener ended: {}", error_chain(&error)))
     }
 }
 
@@ -175,15 +176,4 @@ pub fn cannot_listen(what: &str, flag: &str, address: SocketAddr, error: &std::i
         error.to_string()
     };
     format!("cannot listen on {address} ({what}): {hint}")
-}
-
-/// An error with everything under it.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

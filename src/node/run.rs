@@ -91,6 +91,12 @@ struct Node {
 impl Node {
     /// Binds every address before the store is touched, and serves the monitor, so that a start can be watched.
     async fn prepare(config: Config) -> Result<(Self, ClientListener), String> {
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            name = config.node.name,
+            data = %config.node.data_dir.display(),
+            "starting"
+        );
         let recorder = Recorder::install();
         let clock = node_clock(&config);
         let alarms = Alarms::new(clock.clone());
@@ -231,7 +237,11 @@ impl Node {
             Ok(_) => {
                 self.health.set(true).await;
                 self.monitor.set_phase(Phase::Serving);
-                tracing::info!(client = %self.ports.client, monitor = %self.ports.monitor, "ready");
+                let peer = self
+                    .ports
+                    .peer
+                    .map_or_else(|| "none".to_owned(), |address| address.to_string());
+                tracing::info!(client = %self.ports.client, peer, monitor = %self.ports.monitor, "ready");
                 ready(&self.ports);
                 let mut alarms = self.alarms.watch();
                 tokio::select! {
@@ -266,6 +276,9 @@ impl Node {
         drop(ports_file);
         self.monitor.set_phase(Phase::Draining);
         self.health.set(false).await;
+        if matches!(end, End::Told) {
+            engine.hand_over().await;
+        }
         draining.send_replace(true);
         leave.cancel();
         self.health.end_watches().await;

@@ -29,6 +29,8 @@ const RECENT_BYTES: usize = 32 << 20;
 const WATCH_EVERY: Duration = Duration::from_millis(250);
 /// How often the time is noted.
 const NOTE_EVERY: Duration = Duration::from_secs(10);
+/// How long a node that stops may take to hand over what it leads.
+const HAND_OVER_MAX: Duration = Duration::from_secs(2);
 /// How long replicas may take to end.
 const TASKS_MAX: Duration = Duration::from_secs(5);
 
@@ -52,6 +54,7 @@ fn store_options(config: &Config) -> StoreOptions {
         min_free_bytes: storage.min_free.0,
         commit_batch_bytes_max: storage.commit_batch_max.as_usize(),
         commit_on_caller: tokio::runtime::Handle::current().metrics().num_workers() > 1,
+        threads: true,
         min_blob_bytes: storage.min_blob.0,
         blob_file_bytes: storage.blob_file.0,
         space_interval: storage.space_interval,
@@ -79,6 +82,7 @@ async fn open_store(options: StoreOptions) -> Result<Arc<Store>, StartError> {
 struct Running {
     store: Arc<Store>,
     groups: Arc<Groups>,
+    control: Arc<Control>,
     /// Of a node with peers.
     peers: Option<Peers>,
     view: Arc<View>,
@@ -196,7 +200,7 @@ impl Running {
                 .map_err(|e| format!("the cluster id could not be noted: {e}"))?;
         }
         let operations = Operations::start(
-            control,
+            control.clone(),
             groups.clone(),
             store.clone(),
             context.clock.clone(),
@@ -223,6 +227,7 @@ impl Running {
         Ok(Arc::new(Self {
             store,
             groups,
+            control,
             peers: cluster.map(|cluster| cluster.peers),
             view,
             edge,
@@ -271,6 +276,8 @@ fn facts(context: &Context, store: &Store) -> NodeFacts {
         store_id: identity.store_id,
         peer_address: peer_address.map_or_else(String::new, |used| told(&listen.advertise_peer, used)),
         zone: config.node.zone.clone().unwrap_or_default(),
+        tags: config.node.tags.clone().unwrap_or_default().0,
+        replace_after: config.cluster.replace_after,
     }
 }
 
@@ -375,6 +382,19 @@ impl Engine for Running {
 
     fn status(&self) -> Arc<dyn StatusSource> {
         Arc::new(self.clone())
+    }
+
+    fn hand_over(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            let begun = std::time::Instant::now();
+            match self.control.hand_over(HAND_OVER_MAX).await {
+                0 => tracing::info!(took = ?begun.elapsed(), "leads nothing that others can lead"),
+                left => tracing::warn!(
+                    left,
+                    "groups were not handed over within {HAND_OVER_MAX:?}: others elect a leader"
+                ),
+            }
+        })
     }
 
     fn drain(&self) -> BoxFuture<'_, ()> {

@@ -1,19 +1,22 @@
 //! One replica of one Raft group: the handle that the layers above hold.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
 use openraft::impls::{EmptyNode, ProgressResponder};
 use openraft::raft::ClientWriteResult;
 use openraft::{Config, Raft, ReadPolicy, SnapshotPolicy};
+use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::log_store::GroupLog;
 use super::members::LeaderView;
-use super::purge::{LogKeep, PurgeHold};
+use super::purge::{LogKeep, Others, PurgeHold};
 use super::registry::GroupsOptions;
 use super::state_machine::GroupMachine;
 use super::transport::PeerNetwork;
@@ -21,6 +24,9 @@ use super::types::{Applied, Mainstem, Proposal};
 use crate::base::RetryClass;
 use crate::base::metric_names as names;
 use crate::model::{GroupId, LogIndex, ReplicaId, Term};
+
+/// How long a state machine may take to end: as long as one write.
+const END: Duration = Duration::from_secs(10);
 
 /// Why a proposal has no answer.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -117,13 +123,22 @@ impl GroupStatus {
 /// Where a replica comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// The group is new, and these are its voters. Every one of them may be started like this, with the same set.
+    /// The group is new, and these are its voters. Every one of them may be started like this, with the same set: one of
+    /// them writes the first entry and asks for votes, the others wait for it, and do it themselves if nothing comes.
     /// Without effect on a replica that has a log.
     Found(BTreeSet<ReplicaId>),
     /// The group is there: wait for its leader, which has been told of this replica or will be.
     Join,
     /// It ran here before: a replica without a log is refused.
     Restart,
+}
+
+/// Which of its first voters founds a group: another one from group to group, so that not all are led by one node. Two
+/// founders would get in each other's way: the first entry of each is another one, and the one that is first to ask for
+/// votes may be the one whose log counts for less.
+fn founder(group: GroupId, members: &BTreeSet<ReplicaId>) -> Option<ReplicaId> {
+    let turn = usize::try_from(group.get()).unwrap_or(0) % members.len().max(1);
+    members.iter().nth(turn).copied()
 }
 
 /// How often a leader is heard of, and how long its silence is borne.
@@ -173,12 +188,26 @@ pub struct Group {
     proposals: metrics::Counter,
     hold: Arc<PurgeHold>,
     keep: LogKeep,
+    /// When a leader was heard of last.
+    pub(super) heard: Arc<Mutex<Option<Instant>>>,
+    /// No replica of the group comes into being from log entries up to here; 0: there are none.
+    floor: Arc<AtomicU64>,
+    /// Ends what the state machine waits for; and tells when it writes nothing any more.
+    stop: CancellationToken,
+    ended: CancellationToken,
+    /// Why the replica has ended by itself and does not go on: what it has is damaged, or does not fit.
+    fault: Arc<OnceLock<String>>,
     /// Kept by the registry's watcher.
     pub(super) leader: watch::Sender<LeaderView>,
 }
 
 /// openraft's settings. Snapshots and purges are triggered by us: see `registry`.
-fn raft_config(group: GroupId, timings: RaftTimings) -> Config {
+///
+/// With peers a replica that led when it stopped has to be elected again, in a later term. It may have lost the end of
+/// its log, which its followers have and which was acknowledged on the strength of their syncs: in its old term it would
+/// give those indexes to other entries under the same log ids, which nobody could tell apart, and take for committed
+/// only what its own hint says. Docs: decisions/0025.
+fn raft_config(group: GroupId, timings: RaftTimings, peers: bool) -> Config {
     let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     Config {
         cluster_name: group.to_string(),
@@ -194,6 +223,7 @@ fn raft_config(group: GroupId, timings: RaftTimings) -> Config {
         notification_channel_size: Some(1_024),
         state_machine_channel_size: Some(256),
         enable_pre_vote: Some(true),
+        enable_leader_restore: Some(!peers),
         ..Config::default()
     }
 }
@@ -217,29 +247,20 @@ impl Group {
                 "there is no log of it here: it can only join, or be founded".into(),
             ));
         }
-        let config = raft_config(id, options.timings)
+        let config = raft_config(id, options.timings, options.peers.is_some())
             .validate()
             .map_err(|e| stopped(e.to_string()))?;
-        let hold = machine.hold();
+        let (hold, stop, ended) = (machine.hold(), machine.stop(), machine.ended());
         let network = PeerNetwork::new(options.peers.clone(), id, hold.clone());
         let raft = Raft::new(replica.get(), Arc::new(config), network, log.clone(), machine)
             .await
             .map_err(|e| stopped(e.to_string()))?;
-        if let Origin::Found(members) = origin
-            && !raft.is_initialized().await.map_err(|e| stopped(e.to_string()))?
-        {
-            let members: BTreeMap<u64, EmptyNode> = members.iter().map(|m| (m.get(), EmptyNode::new())).collect();
-            match raft.initialize(members).await {
-                Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
-                Err(e) => return Err(stopped(e.to_string())),
-            }
-        }
         let leader = watch::Sender::new(LeaderView {
             term: Term::new(0),
             leader: None,
             since: SystemTime::now(),
         });
-        Ok(Self {
+        let group = Self {
             id,
             replica,
             raft,
@@ -247,8 +268,39 @@ impl Group {
             proposals: metrics::counter!(names::RAFT_PROPOSALS_TOTAL),
             hold,
             keep: options.keep,
+            heard: Arc::default(),
+            floor: Arc::default(),
+            stop,
+            ended,
+            fault: Arc::default(),
             leader,
-        })
+        };
+        if let Origin::Found(members) = origin
+            && founder(id, &members) == Some(replica)
+        {
+            group.found(&members).await?;
+        }
+        Ok(group)
+    }
+
+    /// Writes the first entry of a group that has none here, and asks for votes at once: nobody leads it who could be
+    /// disturbed. Without effect on a replica that has a log, or has voted.
+    pub(super) async fn found(&self, members: &BTreeSet<ReplicaId>) -> Result<(), ProposeError> {
+        let stopped = |reason: String| ProposeError::Stopped { group: self.id, reason };
+        if self.raft.is_initialized().await.map_err(|e| stopped(e.to_string()))? {
+            return Ok(());
+        }
+        let members: BTreeMap<u64, EmptyNode> = members.iter().map(|m| (m.get(), EmptyNode::new())).collect();
+        match self.raft.initialize(members).await {
+            Ok(()) => self
+                .raft
+                .trigger()
+                .elect(false)
+                .await
+                .map_err(|e| stopped(e.to_string())),
+            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Err(e) => Err(stopped(e.to_string())),
+        }
     }
 
     pub(super) fn raft(&self) -> &Raft<Mainstem, GroupMachine> {
@@ -330,12 +382,54 @@ impl Group {
     /// Lets the log drop what `state/` holds durably, up to `durable`, and nobody else needs. The machine's snapshot
     /// builder decides up to where.
     pub async fn purge_durable(&self, durable: LogIndex) -> Result<(), ProposeError> {
+        // Entries at or below the floor are kept for nobody: whoever lacks them takes a snapshot.
+        let others = match self.is_below_floor() && durable >= self.floor() {
+            true => Others::None,
+            false => self.others(),
+        };
         self.hold
-            .update(durable.get(), self.log.appended_bytes(), self.others(), self.keep);
+            .update(durable.get(), self.log.appended_bytes(), others, self.keep);
         self.raft.trigger().snapshot().await.map_err(|e| ProposeError::Stopped {
             group: self.id,
             reason: e.to_string(),
         })
+    }
+
+    /// No replica comes into being from log entries up to this one.
+    pub fn floor(&self) -> LogIndex {
+        LogIndex::new(self.floor.load(Ordering::Acquire))
+    }
+
+    /// Raises the floor, as the catalog tells it.
+    pub fn set_floor(&self, floor: LogIndex) {
+        self.floor.fetch_max(floor.get(), Ordering::AcqRel);
+    }
+
+    /// Whether the log still holds entries that it shall not.
+    pub fn is_below_floor(&self) -> bool {
+        self.log.purged().map_or(0, |id| id.index) < self.floor().get()
+    }
+
+    /// Whether entries from this one on are refused: this replica is empty, and must not begin with them.
+    pub(super) fn refuses(&self, from: u64) -> bool {
+        from <= self.floor().get() && self.floor().get() > 0 && self.log.last().is_none()
+    }
+
+    /// Why the replica cannot go on, if so. It leads, votes and acknowledges no more.
+    pub fn fault(&self) -> Option<&str> {
+        self.fault.get().map(String::as_str)
+    }
+
+    /// The replica has ended. Unless it was told to, that is a fault.
+    pub(super) fn has_ended(&self) {
+        if !self.stop.is_cancelled() {
+            let state = self.metrics().running_state;
+            let why = state
+                .err()
+                .map_or_else(|| "it has ended by itself".into(), |e| e.to_string());
+            tracing::error!(group = %self.id, replica = %self.replica, why, "the replica cannot go on");
+            let _ = self.fault.set(why);
+        }
     }
 
     /// The group's log.
@@ -343,10 +437,14 @@ impl Group {
         &self.log
     }
 
-    /// Ends the replica's tasks.
+    /// Ends the replica's tasks. Afterwards nothing of it writes any more.
     pub async fn shutdown(&self) {
+        self.stop.cancel();
         if let Err(e) = self.raft.shutdown().await {
             tracing::warn!(group = %self.id, error = %e, "a task of the group did not end cleanly");
+        }
+        if tokio::time::timeout(END, self.ended.cancelled()).await.is_err() {
+            tracing::warn!(group = %self.id, "the group's state machine has not ended within {END:?}");
         }
     }
 }

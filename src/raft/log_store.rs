@@ -9,6 +9,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
+use std::time::Instant;
 
 use openraft::alias::{LogIdOf, VoteOf};
 use openraft::storage::{IOFlushed, RaftLogStorage};
@@ -17,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::codec;
+use super::trail::{LogLag, Trail};
 use super::types::{Entry, LogId, Mainstem, Vote};
 use crate::model::{GroupId, LogIndex};
 use crate::storage::{LogDb, StorageError};
@@ -57,6 +59,8 @@ struct Tail {
     applied: Option<u64>,
     vote: Option<Vote>,
     committed: Option<LogId>,
+    /// When how much was appended.
+    trail: Trail,
 }
 
 impl Tail {
@@ -146,6 +150,11 @@ impl GroupLog {
     /// Bytes appended since the start.
     pub fn appended_bytes(&self) -> u64 {
         self.tail.lock().appended_bytes
+    }
+
+    /// What somebody lacks who has everything up to `matched`.
+    pub fn lag(&self, matched: Option<LogIndex>) -> LogLag {
+        self.tail.lock().trail.lag(matched.map(LogIndex::get), Instant::now())
     }
 
     /// Makes the log begin behind a snapshot that the state was installed from. To be called before the replica is
@@ -348,6 +357,7 @@ impl RaftLogStorage<Mainstem> for GroupLog {
     {
         let mut records = Vec::new();
         {
+            let now = Instant::now();
             let mut tail = self.tail.lock();
             for entry in entries {
                 let index = entry.log_id.index;
@@ -367,6 +377,7 @@ impl RaftLogStorage<Mainstem> for GroupLog {
                 tail.last = Some(entry.log_id);
                 tail.bytes += weight(&entry);
                 tail.appended_bytes += weight(&entry) as u64;
+                tail.trail.note(index, weight(&entry) as u64, now);
                 tail.entries.push_back(entry);
             }
         }
@@ -404,6 +415,7 @@ impl RaftLogStorage<Mainstem> for GroupLog {
                 tail.entries.pop_back();
                 tail.bytes -= w;
             }
+            tail.trail.truncate(keep.unwrap_or(0));
             // A truncation behind the end takes nothing away.
             tail.last = last.min(tail.last).max(tail.purged);
             if tail.last.is_none() {

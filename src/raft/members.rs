@@ -11,9 +11,14 @@ use tokio::sync::watch;
 
 use super::group::{Group, GroupStatus};
 use super::purge::Others;
+use super::trail::LogLag;
 use super::types::Mainstem;
 use crate::base::RetryClass;
 use crate::model::{GroupId, LogIndex, ReplicaId, Term};
+
+/// A replica that has missed so many heartbeats, and was silent for so long, is not made a leader.
+const SILENT_BEATS: u32 = 4;
+const SILENT_MIN: Duration = Duration::from_millis(600);
 
 type Metrics = RaftMetrics<Mainstem>;
 type WriteError = RaftError<Mainstem, ClientWriteError<Mainstem>>;
@@ -48,6 +53,8 @@ pub struct ReplicaReport {
     pub matched: Option<LogIndex>,
     /// Entries it has yet to get.
     pub lag: u64,
+    /// How much that is, and for how long it has lacked the first of them.
+    pub lacks: LogLag,
     /// How long ago it answered last; `None`: not since this leader leads.
     pub last_ack: Option<Duration>,
 }
@@ -72,6 +79,16 @@ pub struct GroupReport {
     pub replicas: Vec<ReplicaReport>,
     /// The log begins behind this.
     pub purged: Option<LogIndex>,
+}
+
+/// How recent a replica is, as far as it knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Freshness {
+    /// How long ago it heard from the leader that it follows, or, where it leads, a quorum answered it. A replica that
+    /// was cut off together with its leader hears from that one all the same. `None`: not since it started.
+    pub heard: Option<Duration>,
+    /// Entries that it has and has not applied.
+    pub unapplied: u64,
 }
 
 /// Why a change of a group was not made.
@@ -176,6 +193,7 @@ impl Group {
                 voter: members.voters.contains(&replica),
                 matched: matched.map(LogIndex::new),
                 lag: matched.map_or(last + 1, |m| last.saturating_sub(m)),
+                lacks: self.log().lag(matched.map(LogIndex::new)),
                 last_ack: if own {
                     Some(Duration::ZERO)
                 } else {
@@ -190,6 +208,22 @@ impl Group {
             last_quorum_ack: metrics.last_quorum_acked.map(|at| at.elapsed()),
             purged: metrics.purged.map(|p| LogIndex::new(p.index)),
             members,
+        }
+    }
+
+    /// How recent what this replica has applied is.
+    pub fn freshness(&self) -> Freshness {
+        let metrics = self.metrics();
+        let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
+        let heard = match (metrics.state.is_leader(), alone) {
+            (true, true) => Some(Duration::ZERO),
+            (true, false) => metrics.last_quorum_acked.map(|at| at.elapsed()),
+            (false, _) => self.heard.lock().map(|at| at.elapsed()),
+        };
+        let applied = metrics.last_applied.map_or(0, |id| id.index);
+        Freshness {
+            heard,
+            unapplied: metrics.last_log_index.map_or(0, |last| last.saturating_sub(applied)),
         }
     }
 
@@ -305,6 +339,18 @@ impl Group {
             return Err(ChangeError::Refused {
                 group: self.id,
                 reason: format!("replica {to} is no voter: only voters lead"),
+            });
+        }
+        // One that died a moment ago may have everything, and would leave the group without a leader.
+        let silence = metrics
+            .heartbeat
+            .as_ref()
+            .and_then(|acks| acks.get(&to.get()).copied().flatten());
+        let patient = SILENT_BEATS * Duration::from_millis(self.raft().config().heartbeat_interval);
+        if silence.is_none_or(|at| at.elapsed() > patient.max(SILENT_MIN)) {
+            return Err(ChangeError::Refused {
+                group: self.id,
+                reason: format!("replica {to} does not answer now: it would not lead"),
             });
         }
         self.wait_caught_up(to, patience).await?;

@@ -1,11 +1,11 @@
 //! The replicas that run on this node, and the upkeep they share.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::RwLock;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::catalog::MetaObserver;
@@ -14,26 +14,25 @@ use super::log_store::GroupLog;
 use super::purge::LogKeep;
 use super::shard::{RecentBudget, ShardDirectory};
 use super::state_machine::{GroupContext, GroupMachine, GroupMap};
-use super::transport::{Peers, RaftHandle, Replicas};
+use super::succession;
+use super::transport::{Peers, RaftHandle, Replicas, SnapshotProgress};
 use super::watch::{self, GroupEvent};
 use crate::base::Tasks;
 use crate::base::metric_names as names;
-use crate::model::{GroupId, ReplicaId, Term};
-use crate::storage::{LogDb, StateDb, Store};
+use crate::model::{GroupId, LogIndex, ReplicaId};
+use crate::storage::{Done, LogDb, StateDb, StorageError, Store};
 
 /// How often idle shards give back the memory of their recent batches.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How often leaders are counted.
+/// How often replicas, leaders and what is on its way between nodes are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Counts groups and leaders.
+/// Counts groups and leaders, and what waits between nodes.
 struct Census {
     held: metrics::Gauge,
     led: metrics::Gauge,
-    changes: metrics::Counter,
-    /// Term and leader of each group when it was last looked at.
-    seen: HashMap<GroupId, (Term, Option<ReplicaId>)>,
+    unanswered: metrics::Gauge,
 }
 
 impl Census {
@@ -41,28 +40,24 @@ impl Census {
         Self {
             held: metrics::gauge!(names::RAFT_HELD_GROUPS),
             led: metrics::gauge!(names::RAFT_LED_GROUPS),
-            changes: metrics::counter!(names::RAFT_LEADER_CHANGES_TOTAL),
-            seen: HashMap::new(),
+            unanswered: metrics::gauge!(names::RAFT_PEER_UNANSWERED_BYTES),
         }
     }
 
-    fn take(&mut self, groups: &[Group]) {
-        let mut led = 0u32;
-        let mut seen = HashMap::with_capacity(groups.len());
-        for group in groups {
-            let status = group.status();
-            led += u32::from(status.is_leader);
-            let now = (status.term, status.leader);
-            if self.seen.get(&group.id).is_some_and(|before| *before != now) {
-                self.changes.increment(1);
-            }
-            seen.insert(group.id, now);
-        }
-        self.seen = seen;
+    fn take(&self, groups: &[Group], peers: Option<&Peers>) {
+        let led = groups.iter().filter(|group| group.status().is_leader).count();
         self.held.set(groups.len() as f64);
-        self.led.set(f64::from(led));
+        self.led.set(led as f64);
+        if let Some(peers) = peers {
+            let unanswered: usize = peers.links().iter().map(|link| link.unanswered_bytes).sum();
+            self.unanswered.set(unanswered as f64);
+        }
     }
 }
+
+/// How long the first voters of a group wait for the one that founds it.
+const FOUNDER: Duration = Duration::from_secs(2);
+
 /// Events that a slow listener may be behind by; it then misses the oldest.
 const EVENTS_MAX: usize = 1_024;
 /// How long the end of the watchers may take.
@@ -106,17 +101,20 @@ impl Groups {
 
     /// The replicas of a node.
     pub fn with_options(store: &Store, options: GroupsOptions, observer: Arc<dyn MetaObserver>) -> Arc<Self> {
+        let tasks = Tasks::new("raft");
         let groups = Arc::new_cyclic(|this| Self {
             context: GroupContext {
                 state: store.state().clone(),
                 directory: Arc::new(ShardDirectory::default()),
                 recent: RecentBudget::new(options.recent_bytes),
                 observer,
+                seals: Arc::default(),
+                token: tasks.token(),
             },
             log: store.log().clone(),
             groups: RwLock::default(),
             options: options.clone(),
-            tasks: Tasks::new("raft"),
+            tasks,
             events: broadcast::Sender::new(EVENTS_MAX),
             changing: tokio::sync::Mutex::default(),
             this: this.clone(),
@@ -124,7 +122,11 @@ impl Groups {
         if let Some(peers) = options.peers {
             groups.tasks.spawn(
                 "reconnects",
-                follow_connections(peers, groups.this.clone(), groups.tasks.token()),
+                follow_connections(peers.clone(), groups.this.clone(), groups.tasks.token()),
+            );
+            groups.tasks.spawn(
+                "successions",
+                follow_ends(peers, groups.this.clone(), groups.tasks.token()),
             );
         }
         groups
@@ -138,6 +140,17 @@ impl Groups {
 
     /// Starts a replica, or returns the one that runs.
     pub async fn start_as(&self, id: GroupId, replica: ReplicaId, origin: Origin) -> Result<Group, ProposeError> {
+        self.start_at(id, replica, origin, LogIndex::new(0)).await
+    }
+
+    /// As [`start_as`](Self::start_as); if it is empty, it takes no entries at or below the floor, but a snapshot.
+    pub async fn start_at(
+        &self,
+        id: GroupId,
+        replica: ReplicaId,
+        origin: Origin,
+        floor: LogIndex,
+    ) -> Result<Group, ProposeError> {
         let stopped = |reason: String| ProposeError::Stopped { group: id, reason };
         let _changing = self.changing.lock().await;
         if let Some(group) = self.get(id) {
@@ -154,35 +167,92 @@ impl Groups {
         {
             return Err(stopped(format!("replica {replica} is not among its first members")));
         }
+        // A log is a replica's promises: no other one takes them over.
+        let meta = self.log.meta(id).map_err(|e| stopped(e.to_string()))?;
+        if let Some(retired) = meta.retired.filter(|retired| replica <= *retired) {
+            // Its promises went with its log. A copy of the catalog that is behind may still name it.
+            return Err(stopped(format!(
+                "replica {retired} was removed from here: {replica} does not come back"
+            )));
+        }
+        match meta.owner.filter(|owner| *owner != replica) {
+            Some(owner) => {
+                return Err(stopped(format!(
+                    "the log here is that of replica {owner}, not of {replica}"
+                )));
+            }
+            None if meta.quarantined => return Err(stopped("what a former replica has left here is set aside".into())),
+            None if meta.owner.is_none() => {
+                let owned = self.ask_log(|done| self.log.own(id, replica, done)).await;
+                owned.map_err(|e| stopped(e.to_string()))?;
+            }
+            None => {}
+        }
         let log = GroupLog::open(self.log.clone(), id).map_err(|e| stopped(e.to_string()))?;
         let machine = GroupMachine::open(id, self.context.clone(), log.clone()).map_err(|e| stopped(e.to_string()))?;
+        let founders = match &origin {
+            Origin::Found(members) if members.len() > 1 => Some(members.clone()),
+            Origin::Found(_) | Origin::Join | Origin::Restart => None,
+        };
         let group = Group::start(id, replica, origin, &self.options, log, machine).await?;
+        group.set_floor(floor);
         self.groups.write().insert(id, group.clone());
+        if let Some(members) = founders {
+            let founding = found_late(group.clone(), members, self.tasks.token());
+            self.tasks.spawn(format!("found-{id}"), founding);
+        }
         let watcher = watch::watch(self.this.clone(), group.clone(), self.events.clone());
         self.tasks.spawn(format!("watch-{id}"), watcher);
         Ok(group)
     }
 
-    /// Whether a replica of the group has run here: its log is not empty.
-    pub fn has_log(&self, id: GroupId) -> bool {
-        self.log.meta(id).is_ok_and(|meta| meta.last.is_some())
-    }
-
-    /// Ends a replica that was removed from its group for good and sets its log aside: nothing of it is listed or written
-    /// any more, and nothing is removed. The group cannot come back to this node.
-    pub async fn set_aside(&self, id: GroupId) {
-        self.stop(id).await;
-        if !self.is_aside(id) {
-            self.log.drop_group(id);
-        }
+    /// Ends a replica that was removed from its group, and removes what it has left here. What is not yet removed after a
+    /// crash is set aside, and removed by the next call. Afterwards the group may have another replica here.
+    pub async fn clear_out(&self, id: GroupId) -> Result<(), StorageError> {
+        let _changing = self.changing.lock().await;
+        self.end(id).await;
         for shard in self.directory().all() {
-            if shard.group == id {
+            if shard.group() == id {
                 self.directory().remove(shard.shard);
             }
         }
+        // In this order: a log whose purged part is nowhere would be damage.
+        if !self.log.meta(id)?.quarantined {
+            self.ask_log(|done| self.log.set_aside(id, done)).await?;
+        }
+        let state = self.context.state.clone();
+        let dropped = tokio::task::spawn_blocking(move || state.drop_group(id)).await;
+        dropped.map_err(|_| StorageError::Closed)??;
+        let meta = self.log.meta(id)?;
+        let retired = meta.owner.max(meta.retired);
+        self.ask_log(|done| self.log.clear(id, retired, done)).await
     }
 
-    /// Whether the group's log was set aside.
+    async fn ask_log(&self, ask: impl FnOnce(Done)) -> Result<(), StorageError> {
+        let (tx, rx) = oneshot::channel();
+        // Who asks may have been cancelled.
+        ask(Box::new(move |result| drop(tx.send(result))));
+        rx.await.map_err(|_| StorageError::Closed)?
+    }
+
+    /// The replicas that have left something here, running or not, and those of which it is not known whose it is.
+    pub fn left_here(&self) -> Vec<(GroupId, Option<ReplicaId>)> {
+        let mut groups: BTreeSet<GroupId> = self.log.groups().into_iter().chain(self.log.quarantined()).collect();
+        groups.extend(self.context.state.applied_groups().into_iter().map(|(group, _)| group));
+        let owner = |group: &GroupId| {
+            let running = self.get(*group).map(|group| group.replica);
+            running.or_else(|| self.log.meta(*group).ok()?.owner)
+        };
+        groups.iter().map(|group| (*group, owner(group))).collect()
+    }
+
+    /// Whether what there is of the group here is of another replica.
+    pub fn is_other(&self, id: GroupId, replica: ReplicaId) -> bool {
+        let meta = self.log.meta(id).unwrap_or_default();
+        meta.quarantined || meta.owner.is_some_and(|owner| owner != replica) || meta.retired >= Some(replica)
+    }
+
+    /// Whether what there is of the group here is set aside, and not yet removed.
     pub fn is_aside(&self, id: GroupId) -> bool {
         self.log.meta(id).is_ok_and(|meta| meta.quarantined)
     }
@@ -190,10 +260,19 @@ impl Groups {
     /// Ends a replica; its data stays. True if there was one.
     pub async fn stop(&self, id: GroupId) -> bool {
         let _changing = self.changing.lock().await;
+        self.end(id).await
+    }
+
+    async fn end(&self, id: GroupId) -> bool {
         let group = self.groups.write().remove(&id);
         match group {
             Some(group) => {
                 group.shutdown().await;
+                // Who reads its shards here must look elsewhere.
+                let all = self.directory().all();
+                all.iter()
+                    .filter(|shard| shard.group() == id)
+                    .for_each(|shard| shard.nudge());
                 true
             }
             None => false,
@@ -207,6 +286,16 @@ impl Groups {
 
     pub fn get(&self, id: GroupId) -> Option<Group> {
         self.groups.read().get(&id).cloned()
+    }
+
+    /// The replicas here that cannot go on, and why. A store that has stopped as a whole is another matter: it is checked at
+    /// the next start.
+    pub fn faults(&self) -> Vec<(GroupId, ReplicaId, String)> {
+        let groups = self.groups.read();
+        let faulty = groups.values().filter(|group| self.log.meta(group.id).is_ok());
+        faulty
+            .filter_map(|group| Some((group.id, group.replica, group.fault()?.to_owned())))
+            .collect()
     }
 
     /// Whether a replica of the group runs here.
@@ -223,6 +312,11 @@ impl Groups {
         self.options.peers.as_ref()
     }
 
+    /// The snapshots that travel from and to this node, the oldest first.
+    pub fn snapshots(&self) -> Vec<SnapshotProgress> {
+        self.peers().map(Peers::snapshots).unwrap_or_default()
+    }
+
     /// The shards that have a replica here.
     pub fn directory(&self) -> &Arc<ShardDirectory> {
         &self.context.directory
@@ -233,18 +327,18 @@ impl Groups {
         &self.context.state
     }
 
-    /// Runs until cancelled: counts leaders; after each flush of `state/` lets every log drop what is now durable there, and takes the
-    /// memory of recent batches back from idle shards.
+    /// Runs until cancelled: counts leaders; after each flush of `state/` lets every log drop what is now durable there,
+    /// and takes the memory of recent batches back from idle shards.
     pub async fn upkeep(self: Arc<Self>, token: CancellationToken) {
         let mut flushed = self.context.state.flush_generation();
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         let mut count = tokio::time::interval(COUNT_INTERVAL);
         count.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        let mut census = Census::new();
+        let census = Census::new();
         loop {
             tokio::select! {
                 () = token.cancelled() => return,
-                _ = count.tick() => census.take(&self.all()),
+                _ = count.tick() => census.take(&self.all(), self.peers()),
                 _ = sweep.tick() => {
                     for shard in self.context.directory.all() {
                         shard.sweep_recent();
@@ -261,6 +355,25 @@ impl Groups {
                 }
             }
         }
+    }
+
+    /// Lets logs drop what is at or below their floor, though little was written and no flush is due.
+    pub async fn purge_to_floors(&self) {
+        let reached =
+            |group: &Group| group.is_below_floor() && self.context.state.applied_index(group.id) >= Some(group.floor());
+        let below: Vec<Group> = self.all().into_iter().filter(reached).collect();
+        let durable = |group: &Group| self.context.state.durable_applied(group.id) >= Some(group.floor());
+        if below.is_empty() {
+            return;
+        }
+        if !below.iter().all(durable) {
+            let state = self.context.state.clone();
+            // A failed flush has poisoned the store, which ends the node.
+            if !matches!(tokio::task::spawn_blocking(move || state.flush()).await, Ok(Ok(()))) {
+                return;
+            }
+        }
+        self.purge_durable().await;
     }
 
     /// Lets every log drop what is durable in `state/` and nobody else needs.
@@ -289,6 +402,12 @@ impl Groups {
 }
 
 impl Replicas for Groups {
+    fn heard_leader(&self, group: GroupId) {
+        if let Some(group) = self.groups.read().get(&group) {
+            *group.heard.lock() = Some(std::time::Instant::now());
+        }
+    }
+
     fn find(&self, group: GroupId, replica: ReplicaId) -> Result<RaftHandle, String> {
         match self.get(group) {
             Some(found) if found.replica == replica => Ok(found.raft().clone()),
@@ -298,6 +417,47 @@ impl Replicas for Groups {
             )),
             None => Err(format!("this node hosts no replica of {group}")),
         }
+    }
+
+    fn refuses(&self, group: GroupId, from: u64) -> bool {
+        self.get(group).is_some_and(|found| found.refuses(from))
+    }
+}
+
+/// A group whose founder does not come is founded by another of its first voters.
+async fn found_late(group: Group, members: BTreeSet<ReplicaId>, token: CancellationToken) {
+    if token.run_until_cancelled(tokio::time::sleep(FOUNDER)).await.is_none() {
+        return;
+    }
+    if let Err(error) = group.found(&members).await {
+        tracing::warn!(group = %group.id, %error, "the group was not founded here");
+    }
+}
+
+/// Replaces the leaders on nodes whose process has ended.
+async fn follow_ends(peers: Peers, groups: Weak<Groups>, token: CancellationToken) {
+    let mut ended = peers.ended();
+    loop {
+        let node = match token.run_until_cancelled(ended.recv()).await {
+            Some(Ok(node)) => node,
+            // Those that were missed are replaced when their leases end.
+            Some(Err(broadcast::error::RecvError::Lagged(_))) => continue,
+            Some(Err(broadcast::error::RecvError::Closed)) | None => return,
+        };
+        let Some(groups) = groups.upgrade() else { return };
+        let mut led_there = 0;
+        for group in groups.all() {
+            let leader = group.status().leader;
+            if let Some(dead) = leader.filter(|leader| peers.map().node_of(*leader) == Some(node)) {
+                led_there += 1;
+                let succession = succession::succeed(group.clone(), dead);
+                let token = groups.tasks.token();
+                groups.tasks.spawn(format!("succeed-{}", group.id), async move {
+                    token.run_until_cancelled(succession).await;
+                });
+            }
+        }
+        tracing::info!(%node, led_there, "the process of a node has ended: its groups get other leaders");
     }
 }
 

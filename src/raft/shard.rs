@@ -3,9 +3,9 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use tokio::sync::watch;
 
 use crate::model::{GroupId, Revision, Sequence, ShardId, StoredBatch, Term, TimeUs};
@@ -88,7 +88,14 @@ struct Recent {
 #[derive(Debug)]
 pub struct ShardShared {
     pub shard: ShardId,
-    pub group: GroupId,
+    /// The group whose replica here applies to it. Changed when another one adopts the shard.
+    group: AtomicU64,
+    /// The group that it came from; 0: it was always in this one.
+    former: AtomicU64,
+    /// The group that will have it: it is sealed; 0: it is not.
+    heir: AtomicU64,
+    /// Held by a replica while it applies to the shard: two groups never do at a time.
+    applying: Mutex<()>,
     positions: watch::Sender<Positions>,
     recent: Mutex<Recent>,
     budget: Arc<RecentBudget>,
@@ -98,11 +105,55 @@ impl ShardShared {
     pub fn new(shard: ShardId, group: GroupId, budget: Arc<RecentBudget>) -> Arc<Self> {
         Arc::new(Self {
             shard,
-            group,
+            group: AtomicU64::new(group.get()),
+            former: AtomicU64::new(0),
+            heir: AtomicU64::new(0),
+            applying: Mutex::default(),
             positions: watch::Sender::new(Positions::initial()),
             recent: Mutex::default(),
             budget,
         })
+    }
+
+    /// The group that has the shard, as far as its replicas here have applied.
+    pub fn group(&self) -> GroupId {
+        GroupId::new(self.group.load(Ordering::Acquire))
+    }
+
+    /// Whether the shard went from this group to the one that has it now.
+    pub fn came_from(&self, group: GroupId) -> bool {
+        self.former.load(Ordering::Acquire) == group.get() && self.group() != group
+    }
+
+    /// The group that the shard goes to, if it is sealed here and not adopted yet.
+    pub fn heir(&self) -> Option<GroupId> {
+        Some(self.heir.load(Ordering::Acquire))
+            .filter(|id| *id != 0)
+            .map(GroupId::new)
+    }
+
+    /// The shard is sealed.
+    pub(super) fn leave_to(&self, heir: GroupId) {
+        self.heir.store(heir.get(), Ordering::Release);
+    }
+
+    /// Another group's replica here has the shard from now on. Whoever reads it goes on.
+    pub(super) fn hand_over(&self, to: GroupId) {
+        self.heir.store(0, Ordering::Release);
+        let from = self.group.swap(to.get(), Ordering::AcqRel);
+        if from != to.get() {
+            self.former.store(from, Ordering::Release);
+        }
+    }
+
+    /// Apply only: no other group's replica applies to the shard until this is dropped.
+    pub(super) fn apply(&self) -> MutexGuard<'_, ()> {
+        self.applying.lock()
+    }
+
+    /// Wakes those who wait, though nothing has changed: their replica has left this node.
+    pub(super) fn nudge(&self) {
+        self.positions.send_modify(|_| ());
     }
 
     /// As of the last applied entry.

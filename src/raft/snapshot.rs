@@ -6,20 +6,25 @@ use std::sync::mpsc::SyncSender;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
 use super::codec::Marker;
-use crate::model::{GroupId, LogIndex};
-use crate::storage::{Exported, StagedGroup, StateDb, StorageError};
+use crate::base::blocking::settled;
+use crate::model::GroupId;
+use crate::storage::{Exported, ExportedShards, GroupView, Piece, StagedGroup, StateDb, StorageError, Stretch};
 
 /// Chunks that wait between the one who reads them from disk and the one who sends or writes them.
 const CHUNKS_WAITING: usize = 4;
+/// Pieces that are told and not yet passed on.
+const PIECES_WAITING: usize = 64;
 
 /// A snapshot of a group.
 #[derive(Debug)]
 pub struct GroupSnapshot {
     /// How many shards the group held where it was made.
     pub shards: usize,
+    /// About how many bytes.
+    pub bytes: u64,
     pub(super) content: Content,
 }
 
@@ -37,27 +42,43 @@ impl GroupSnapshot {
     pub(super) fn local(shards: usize) -> Self {
         Self {
             shards,
+            bytes: 0,
             content: Content::Local,
         }
     }
 
     pub(super) fn received(staged: StagedGroup) -> Self {
         Self {
-            shards: 0,
+            shards: staged.shards(),
+            bytes: staged.bytes,
             content: Content::Received(staged),
         }
     }
 }
 
-type Sink = Box<dyn FnMut(Bytes) -> bool + Send>;
+/// What is asked of the thread that holds a view.
+enum Order {
+    /// The pieces, and `None` behind the last.
+    Pieces(mpsc::Sender<Option<Piece>>),
+    Export(Vec<Stretch>, mpsc::Sender<Exporting>),
+}
+
+/// A part of an export.
+#[derive(Debug)]
+pub(super) enum Exporting {
+    Chunk(Bytes),
+    /// All of it was given.
+    End(Exported),
+}
 
 /// A consistent view of a group's state. A thread holds it; dropped, it is let go.
 pub(super) struct Pin {
     group: GroupId,
     /// As of the view.
     pub marker: Marker,
-    wanted: SyncSender<Sink>,
-    work: JoinHandle<Result<Option<Exported>, StorageError>>,
+    pub shards: ExportedShards,
+    orders: SyncSender<Order>,
+    work: JoinHandle<Result<(), StorageError>>,
 }
 
 impl std::fmt::Debug for Pin {
@@ -72,66 +93,94 @@ impl std::fmt::Debug for Pin {
 impl Pin {
     /// Takes a view; `None` if nothing of the group was ever applied.
     pub async fn new(state: &StateDb, group: GroupId) -> io::Result<Option<Self>> {
-        let (pinned_tx, pinned_rx) = oneshot::channel::<Option<(LogIndex, Bytes)>>();
-        let (wanted, wanted_rx) = std::sync::mpsc::sync_channel::<Sink>(1);
+        let (taken_tx, taken_rx) = oneshot::channel();
+        let (orders, orders_rx) = std::sync::mpsc::sync_channel::<Order>(1);
         let db = state.clone();
         let work = tokio::task::spawn_blocking(move || {
-            let pinned = |marker| {
-                // Who asked may have gone: then nothing will be wanted.
-                let _ = pinned_tx.send(marker);
-            };
-            db.export_group(group, pinned, || wanted_rx.recv().ok())
+            db.view_group(group, |view| {
+                // Who asked may have gone: then nothing will be ordered.
+                let _ = taken_tx.send(view.applied().map(|(_, raw)| (raw.clone(), view.shards().clone())));
+                while let Ok(order) = orders_rx.recv() {
+                    obey(view, order)?;
+                }
+                Ok(())
+            })
         });
-        match pinned_rx.await {
-            Ok(Some((_, raw))) => Ok(Some(Self {
+        match settled(taken_rx).await {
+            Ok(Some((raw, shards))) => Ok(Some(Self {
                 group,
                 marker: Marker::decode(&raw)?,
-                wanted,
+                shards,
+                orders,
                 work,
             })),
             Ok(None) => Ok(None),
-            Err(_) => match work.await {
-                Ok(Err(e)) => Err(io::Error::other(e)),
-                Ok(Ok(_)) => Err(io::Error::other("the view of the state was not taken")),
-                Err(e) => Err(io::Error::other(e)),
-            },
+            Err(_) => Err(failure(settled(work).await)),
         }
     }
 
-    /// Reads everything. The chunks come from the returned queue; its end is told apart from an error by awaiting the
-    /// second part, after the last chunk.
-    pub fn export(
-        self,
-    ) -> (
-        mpsc::Receiver<Bytes>,
-        JoinHandle<Result<Option<Exported>, StorageError>>,
-    ) {
-        let (tx, rx) = mpsc::channel(CHUNKS_WAITING);
-        let sink: Sink = Box::new(move |chunk| tx.blocking_send(chunk).is_ok());
-        // The thread waits for it, or has failed, which its handle tells.
-        let _ = self.wanted.send(sink);
-        (rx, self.work)
+    /// Tells the pieces that everything consists of, and `None` behind the last. A queue that ends without it: the view
+    /// has [failed](Self::failure).
+    pub fn pieces(&self) -> mpsc::Receiver<Option<Piece>> {
+        let (tx, rx) = mpsc::channel(PIECES_WAITING);
+        // The thread waits for it, or has failed, which the queue tells.
+        let _ = self.orders.try_send(Order::Pieces(tx));
+        rx
     }
 
-    /// Copies the view into another store, or another group's place in this one. For when both are in one process.
+    /// Reads these stretches, which are united. A queue that ends without an end: the view has
+    /// [failed](Self::failure).
+    pub fn export(&self, stretches: Vec<Stretch>) -> mpsc::Receiver<Exporting> {
+        let (tx, rx) = mpsc::channel(CHUNKS_WAITING);
+        let _ = self.orders.try_send(Order::Export(stretches, tx));
+        rx
+    }
+
+    /// Why the view has failed.
+    pub async fn failure(self) -> io::Error {
+        drop(self.orders);
+        failure(settled(self.work).await)
+    }
+
+    /// Copies the view into another store. For when both are in one process.
     pub async fn copy_to(self, to: &StateDb) -> io::Result<StagedGroup> {
-        let group = self.group;
-        let (chunks, work) = self.export();
-        let staged = stage(to.clone(), group, chunks, work).await?;
-        Ok(staged)
+        let (to, group, shards) = (to.clone(), self.group, self.shards.clone());
+        let mut chunks = self.export(vec![Stretch::everything()]);
+        let writing = tokio::task::spawn_blocking(move || {
+            to.stage_group(group, shards, || match chunks.blocking_recv() {
+                Some(Exporting::Chunk(data)) => Ok(Some(data)),
+                Some(Exporting::End(_)) => Ok(None),
+                None => Err("the copy of the state is not complete".into()),
+            })
+        });
+        settled(writing)
+            .await
+            .map_err(io::Error::other)?
+            .map_err(io::Error::other)
     }
 }
 
-async fn stage(
-    to: StateDb,
-    group: GroupId,
-    mut chunks: mpsc::Receiver<Bytes>,
-    work: JoinHandle<Result<Option<Exported>, StorageError>>,
-) -> io::Result<StagedGroup> {
-    let writing = tokio::task::spawn_blocking(move || to.stage_group(group, || Ok(chunks.blocking_recv())));
-    let staged = writing.await.map_err(io::Error::other)?.map_err(io::Error::other)?;
-    match work.await.map_err(io::Error::other)?.map_err(io::Error::other)? {
-        Some(exported) if exported.records == staged.records => Ok(staged),
-        Some(_) | None => Err(io::Error::other("the copy of the state is not complete")),
+fn failure(result: Result<Result<(), StorageError>, JoinError>) -> io::Error {
+    match result {
+        Ok(Err(e)) => io::Error::other(e),
+        Ok(Ok(())) => io::Error::other("the view of the state was let go"),
+        Err(e) => io::Error::other(e),
     }
+}
+
+fn obey(view: &GroupView<'_>, order: Order) -> Result<(), StorageError> {
+    // Where nobody takes the rest, the order is done.
+    match order {
+        Order::Pieces(to) => {
+            if view.pieces(|piece| to.blocking_send(Some(piece)).is_ok())? {
+                let _ = to.blocking_send(None);
+            }
+        }
+        Order::Export(stretches, to) => {
+            if let Some(done) = view.export(&stretches, |data| to.blocking_send(Exporting::Chunk(data)).is_ok())? {
+                let _ = to.blocking_send(Exporting::End(done));
+            }
+        }
+    }
+    Ok(())
 }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -15,19 +15,22 @@ use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use parking_lot::Mutex;
 use prost::Message;
+use tokio::sync::Notify;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::catalog::{MetaChange, MetaObserver, changes, everything, forgotten};
+use super::catalog::{MetaObserver, changes, everything, forgotten};
 use super::codec;
 use super::load;
 use super::log_store::GroupLog;
 use super::purge::PurgeHold;
+use super::recording::{Recording, Touched, shard_of};
 use super::shard::{Positions, RecentBudget, ShardDirectory, ShardShared};
 use super::snapshot::{Content, GroupSnapshot, Pin};
 use super::types::{Applied, LogId, Mainstem, StoredMembership};
+use crate::base::blocking::{run_blocking, runs_in_place};
 use crate::base::metric_names as names;
-use crate::machine::port::{MetaKind, ShardSink};
 use crate::machine::{self, GroupOutcome, ShardMachine};
-use crate::model::{GroupId, LogIndex, Sequence, ShardId, StoredBatch, Term};
+use crate::model::{GroupId, LogIndex, ShardId, Term};
 use crate::storage::{StateBatch, StateDb, StorageError};
 use crate::wire::internal as pb;
 
@@ -40,7 +43,7 @@ fn io_error(e: StorageError) -> io::Error {
 
 async fn flush(state: &StateDb) -> io::Result<()> {
     let state = state.clone();
-    tokio::task::spawn_blocking(move || state.flush())
+    run_blocking(move || state.flush())
         .await
         .map_err(io::Error::other)?
         .map_err(io_error)
@@ -50,7 +53,7 @@ async fn flush(state: &StateDb) -> io::Result<()> {
 const BLOCKING_BYTES: usize = 64 << 10;
 
 fn write(state: &StateDb, batch: StateBatch) -> io::Result<()> {
-    if batch.bytes() < BLOCKING_BYTES {
+    if batch.bytes() < BLOCKING_BYTES || runs_in_place() {
         state.write(batch)
     } else {
         tokio::task::block_in_place(|| state.write(batch))
@@ -62,6 +65,9 @@ fn machine_error(group: GroupId, id: &LogId, e: impl std::fmt::Display) -> io::E
     io::Error::new(io::ErrorKind::InvalidData, format!("{group}: entry {id}: {e}"))
 }
 
+/// How often a replica that waits for another one's seal looks without being woken.
+const SEAL_LOOK: Duration = Duration::from_secs(1);
+
 /// What a group needs from its node.
 #[derive(Clone)]
 pub struct GroupContext {
@@ -70,6 +76,10 @@ pub struct GroupContext {
     pub recent: Arc<RecentBudget>,
     /// Only called by the meta group.
     pub observer: Arc<dyn MetaObserver>,
+    /// Woken when a replica here has applied a seal, or taken a snapshot over: what another one waits for may be there.
+    pub seals: Arc<Notify>,
+    /// Ends waits that would otherwise not end with their replica.
+    pub token: CancellationToken,
 }
 
 /// The applied state of one group on this node.
@@ -90,6 +100,11 @@ pub struct GroupMachine {
     /// The snapshot openraft may purge up to.
     snapshot: Arc<Mutex<Option<SnapshotMeta>>>,
     apply_duration: metrics::Histogram,
+    /// Cancelled by whoever ends the replica.
+    stop: CancellationToken,
+    /// Cancelled when nothing of this replica writes any more.
+    ended: CancellationToken,
+    _ended: DropGuard,
 }
 
 impl GroupMachine {
@@ -111,9 +126,13 @@ impl GroupMachine {
         for shard in machine.shards() {
             let face = ShardShared::new(shard.shard(), group, context.recent.clone());
             face.publish(positions(shard, term));
+            if let Some(seal) = shard.seal() {
+                face.leave_to(GroupId::new(seal.to_group));
+            }
             context.directory.insert(face.clone());
             shared.insert(shard.shard(), face);
         }
+        let (stop, ended) = (context.token.child_token(), CancellationToken::new());
         if let Some(meta) = machine.meta() {
             context.observer.changed(&everything(meta));
         }
@@ -135,7 +154,20 @@ impl GroupMachine {
             hold: Arc::default(),
             snapshot: Arc::new(Mutex::new(snapshot)),
             apply_duration: metrics::histogram!(names::RAFT_APPLY_DURATION_SECONDS),
+            stop,
+            _ended: ended.clone().drop_guard(),
+            ended,
         })
+    }
+
+    /// Cancelled by whoever ends the replica: it waits for nothing any more.
+    pub fn stop(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
+    /// Cancelled when nothing of this replica writes to the state any more.
+    pub fn ended(&self) -> CancellationToken {
+        self.ended.clone()
     }
 
     /// The snapshot that the state was last installed from. The log must begin behind it before anything is started.
@@ -162,13 +194,18 @@ impl GroupMachine {
             self.retire(shard);
         }
         let term = self.applied.map_or(Term::new(0), |a| Term::new(a.leader_id.term));
-        for machine in self.machine.shards() {
-            let shard = machine.shard();
-            let face = (self.shared.entry(shard))
-                .or_insert_with(|| ShardShared::new(shard, self.group, self.context.recent.clone()));
+        let told = |m: &ShardMachine| {
+            let heir = m.seal().map(|seal| GroupId::new(seal.to_group));
+            (m.shard(), positions(m, term), heir)
+        };
+        let shards: Vec<_> = self.machine.shards().map(told).collect();
+        for (shard, at, heir) in shards {
+            let face = self.face(shard);
             face.clear_recent();
-            face.publish(positions(machine, term));
-            self.context.directory.insert(face.clone());
+            face.publish(at);
+            if let Some(heir) = heir {
+                face.leave_to(heir);
+            }
         }
         if let (Some(before), Some(meta)) = (before.meta(), self.machine.meta()) {
             let mut changes = forgotten(before, meta);
@@ -178,9 +215,24 @@ impl GroupMachine {
         Ok(())
     }
 
+    /// The shard's face, which is this group's from now on. One that another group's replica here had is taken over, so
+    /// that whoever reads the shard goes on.
+    fn face(&mut self, shard: ShardId) -> Arc<ShardShared> {
+        let (group, context) = (self.group, &self.context);
+        let face = self.shared.entry(shard).or_insert_with(|| {
+            let known = context.directory.get(shard);
+            let face = known.unwrap_or_else(|| ShardShared::new(shard, group, context.recent.clone()));
+            context.directory.insert(face.clone());
+            face
+        });
+        face.hand_over(group);
+        face.clone()
+    }
+
     /// A shard is not here any more.
     fn retire(&mut self, shard: ShardId) {
-        if let Some(face) = self.shared.remove(&shard) {
+        // One that went to another group is not gone.
+        if let Some(face) = self.shared.remove(&shard).filter(|face| face.group() == self.group) {
             let mut last = face.positions();
             last.removed = true;
             face.clear_recent();
@@ -189,12 +241,76 @@ impl GroupMachine {
         }
     }
 
-    fn apply_command(&mut self, id: &LogId, raw: Bytes, batch: &mut StateBatch) -> io::Result<(Applied, Touched)> {
+    /// Waits until this node's own replica of another group has applied what the command builds on.
+    async fn wait_for_others(&self, command: &pb::GroupCommand) -> io::Result<()> {
+        let Some((group, index)) = machine::waits_for(command) else {
+            return Ok(());
+        };
+        loop {
+            let mut woken = std::pin::pin!(self.context.seals.notified());
+            woken.as_mut().enable();
+            if self.context.state.applied_index(group) >= Some(index) {
+                return Ok(());
+            }
+            tokio::select! {
+                () = woken => {}
+                () = tokio::time::sleep(SEAL_LOOK) => {}
+                () = self.stop.cancelled() => {
+                    return Err(io::Error::other(format!("{}: ended while it waited for {group}", self.group)));
+                }
+            }
+        }
+    }
+
+    /// A shard that another group's replica here has taken over by a snapshot is none of this one any more.
+    fn give_up_shard(&mut self, shard: ShardId) {
+        let elsewhere = (self.shared.get(&shard)).is_some_and(|face| face.group() != self.group);
+        if elsewhere
+            && self
+                .machine
+                .shard(shard)
+                .is_some_and(|machine| machine.seal().is_none())
+        {
+            tracing::info!(group = %self.group, %shard, "another group here has the shard, by a snapshot");
+            self.machine.forget_shard(shard);
+            self.shared.remove(&shard);
+        }
+    }
+
+    /// Applies a command and writes what it does, with the applied marker, which is set already.
+    fn apply_command(&mut self, id: &LogId, command: &pb::GroupCommand, mut batch: StateBatch) -> io::Result<Applied> {
+        let shard = command.op.as_ref().and_then(shard_of);
+        let face = shard.and_then(|shard| self.context.directory.get(shard));
+        let _applying = face.as_ref().map(|face| face.apply());
+        if let Some(shard) = shard {
+            self.give_up_shard(shard);
+        }
+        let (applied, touched) = self.run_command(id, command, shard, &mut batch)?;
+        self.write_applied(id, batch)?;
+        self.publish(touched);
+        if matches!(applied, Applied::Command(GroupOutcome::Sealed { .. })) {
+            self.context.seals.notify_waiters();
+        }
+        Ok(applied)
+    }
+
+    fn write_applied(&mut self, id: &LogId, mut batch: StateBatch) -> io::Result<()> {
+        self.applied = Some(*id);
+        batch.set_applied(self.group, LogIndex::new(id.index), &self.marker());
+        write(&self.context.state, batch)
+    }
+
+    fn run_command(
+        &mut self,
+        id: &LogId,
+        command: &pb::GroupCommand,
+        shard: Option<ShardId>,
+        batch: &mut StateBatch,
+    ) -> io::Result<(Applied, Touched)> {
         let term = Term::new(id.leader_id.term);
-        let command = pb::GroupCommand::decode(raw).map_err(|e| machine_error(self.group, id, e))?;
         let mut touched = Touched {
             term,
-            shard: command.op.as_ref().and_then(shard_of),
+            shard,
             ..Touched::default()
         };
         let mut sink = Recording {
@@ -204,7 +320,7 @@ impl GroupMachine {
         };
         let outcome = self
             .machine
-            .apply(&self.context.state, &mut sink, term, &command)
+            .apply(&self.context.state, &mut sink, term, command)
             .map_err(|e| machine_error(self.group, id, e))?;
         if let GroupOutcome::Meta(outcome) = &outcome
             && let Some(meta) = self.machine.meta()
@@ -220,21 +336,22 @@ impl GroupMachine {
             match self.machine.shard(shard) {
                 None => self.retire(shard),
                 Some(machine) => {
-                    let new = !self.shared.contains_key(&shard);
-                    let face = self
-                        .shared
-                        .entry(shard)
-                        .or_insert_with(|| ShardShared::new(shard, self.group, self.context.recent.clone()));
+                    if let Some(seal) = machine.seal() {
+                        // Nothing of it changes here any more; another group's replica may have its face by now.
+                        if let Some(face) = self.shared.get(&shard).filter(|face| face.group() == self.group) {
+                            face.leave_to(GroupId::new(seal.to_group));
+                        }
+                        return;
+                    }
+                    let at = positions(machine, touched.term);
+                    let face = self.face(shard);
                     if touched.holes {
                         face.clear_recent();
                     }
                     for batch in touched.batches {
                         face.push_recent(batch);
                     }
-                    face.publish(positions(machine, touched.term));
-                    if new {
-                        self.context.directory.insert(face.clone());
-                    }
+                    face.publish(at);
                 }
             }
         }
@@ -274,81 +391,6 @@ fn positions(machine: &ShardMachine, term: Term) -> Positions {
     }
 }
 
-/// The shard that a command is about.
-fn shard_of(op: &pb::group_command::Op) -> Option<ShardId> {
-    use pb::group_command::Op;
-    let raw = match op {
-        Op::CreateShard(c) => c.shard_id,
-        Op::UpdateShard(c) => c.shard_id,
-        Op::RemoveShard(c) => c.shard_id,
-        Op::Publish(c) => c.shard_id,
-        Op::Expire(c) => c.shard_id,
-        Op::Purge(c) => c.shard_id,
-        Op::SealShard(c) => c.shard_id,
-        Op::AdoptShard(c) => c.shard_id,
-        Op::Meta(_) => return None,
-    };
-    Some(ShardId::new(raw))
-}
-
-/// What an entry changed, to be made visible once it is written.
-#[derive(Default)]
-struct Touched {
-    term: Term,
-    shard: Option<ShardId>,
-    holes: bool,
-    batches: Vec<StoredBatch>,
-    meta: Vec<MetaChange>,
-}
-
-/// Passes everything on, and keeps the batches for the recent tail.
-struct Recording<'a> {
-    inner: &'a mut StateBatch,
-    batches: &'a mut Vec<StoredBatch>,
-    holes: &'a mut bool,
-}
-
-impl ShardSink for Recording<'_> {
-    fn put_batch(&mut self, shard: ShardId, batch: &StoredBatch) {
-        self.inner.put_batch(shard, batch);
-        self.batches.push(batch.clone());
-    }
-    fn put_posting(&mut self, shard: ShardId, subject: &str, base: Sequence, offsets: &[u32]) {
-        self.inner.put_posting(shard, subject, base, offsets);
-    }
-    fn put_holes(&mut self, shard: ShardId, base: Sequence, offsets: &[u32]) {
-        *self.holes = true;
-        self.inner.put_holes(shard, base, offsets);
-    }
-    fn put_ids(&mut self, shard: ShardId, at: Sequence, block: &[u8]) {
-        self.inner.put_ids(shard, at, block);
-    }
-    fn drop_ids(&mut self, shard: ShardId, below: Sequence) {
-        self.inner.drop_ids(shard, below);
-    }
-    fn put_producer(&mut self, shard: ShardId, producer: u64, record: &[u8]) {
-        self.inner.put_producer(shard, producer, record);
-    }
-    fn drop_producer(&mut self, shard: ShardId, producer: u64) {
-        self.inner.drop_producer(shard, producer);
-    }
-    fn put_shard(&mut self, shard: ShardId, group: GroupId, record: &[u8]) {
-        self.inner.put_shard(shard, group, record);
-    }
-    fn drop_batches(&mut self, shard: ShardId, from: Sequence, to: Sequence) {
-        self.inner.drop_batches(shard, from, to);
-    }
-    fn drop_shard(&mut self, shard: ShardId) {
-        self.inner.drop_shard(shard);
-    }
-    fn put_meta(&mut self, kind: MetaKind, key: &[u8], record: &[u8]) {
-        self.inner.put_meta(kind, key, record);
-    }
-    fn drop_meta(&mut self, kind: MetaKind, key: &[u8]) {
-        self.inner.drop_meta(kind, key);
-    }
-}
-
 impl RaftStateMachine<Mainstem> for GroupMachine {
     type SnapshotData = GroupSnapshot;
     type SnapshotBuilder = Builder;
@@ -371,19 +413,24 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                 }
                 continue;
             }
-            let mut batch = self.context.state.batch();
-            let (applied, touched) = match entry.payload {
-                EntryPayload::Blank => (Applied::Done, Touched::default()),
+            let batch = self.context.state.batch();
+            let applied = match entry.payload {
+                EntryPayload::Blank => {
+                    self.write_applied(&id, batch)?;
+                    Applied::Done
+                }
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(id), membership);
-                    (Applied::Done, Touched::default())
+                    self.write_applied(&id, batch)?;
+                    Applied::Done
                 }
-                EntryPayload::Normal(proposal) => self.apply_command(&id, proposal.0, &mut batch)?,
+                EntryPayload::Normal(proposal) => {
+                    let command =
+                        pb::GroupCommand::decode(proposal.0).map_err(|e| machine_error(self.group, &id, e))?;
+                    self.wait_for_others(&command).await?;
+                    self.apply_command(&id, &command, batch)?
+                }
             };
-            self.applied = Some(id);
-            batch.set_applied(self.group, LogIndex::new(id.index), &self.marker());
-            write(&self.context.state, batch)?;
-            self.publish(touched);
             self.log.set_applied(id.index);
             if let Some(responder) = responder {
                 responder.send(applied);
@@ -446,6 +493,9 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: GroupSnapshot) -> Result<(), io::Error> {
         if self.applied >= meta.last_log_id {
+            if let Content::Received(staged) = snapshot.content {
+                staged.discard();
+            }
             return Ok(());
         }
         let staged = match snapshot.content {
@@ -460,12 +510,20 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
         self.membership = meta.last_membership.clone();
         self.installed = meta.last_log_id;
         let index = LogIndex::new(meta.last_log_id.map_or(0, |l| l.index));
+        // From here on no other group's replica here applies to them.
+        for shard in staged.shard_ids() {
+            if let Some(face) = self.context.directory.get(shard) {
+                let _applying = face.apply();
+                face.hand_over(self.group);
+            }
+        }
         let (state, marker) = (self.context.state.clone(), self.marker());
-        let switch = tokio::task::spawn_blocking(move || state.install_group(staged, index, &marker));
+        let switch = run_blocking(move || state.install_group(staged, index, &marker));
         switch.await.map_err(io::Error::other)?.map_err(io_error)?;
         self.reload()?;
         *self.snapshot.lock() = Some(meta.clone());
         self.log.set_applied(index.get());
+        self.context.seals.notify_waiters();
         Ok(())
     }
 
@@ -484,6 +542,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
             },
             snapshot: GroupSnapshot {
                 shards: self.shared.len(),
+                bytes: self.machine.shards().map(ShardMachine::bytes).sum(),
                 content: Content::Pinned(pin),
             },
         }))

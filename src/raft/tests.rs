@@ -52,6 +52,8 @@ fn context(store: &Store) -> GroupContext {
         directory: Arc::new(ShardDirectory::default()),
         recent: RecentBudget::new(1 << 20),
         observer: Arc::new(Nobody),
+        seals: Arc::default(),
+        token: tokio_util::sync::CancellationToken::new(),
     }
 }
 

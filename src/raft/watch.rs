@@ -9,6 +9,7 @@ use tokio::sync::broadcast;
 use super::group::Group;
 use super::members::LeaderView;
 use super::registry::Groups;
+use crate::base::metric_names as names;
 use crate::model::{GroupId, ReplicaId, Term};
 
 /// Something happened to a replica on this node.
@@ -32,6 +33,9 @@ pub(super) async fn watch(groups: Weak<Groups>, group: Group, events: broadcast:
     let tell = |event| drop(events.send(event));
     let mut metrics = group.raft().server_metrics();
     let (id, replica) = (group.id, group.replica);
+    let changes = metrics::counter!(names::RAFT_LEADER_CHANGES_TOTAL);
+    // Whether a leader was known before: the first one is no change.
+    let mut was_led = false;
     let mut was_member = false;
     loop {
         let now = metrics.borrow_watched().clone();
@@ -51,6 +55,15 @@ pub(super) async fn watch(groups: Weak<Groups>, group: Group, events: broadcast:
             changed
         });
         if changed {
+            if let (Some(leader), Some(groups)) = (leader, groups.upgrade())
+                && let Some(peers) = groups.peers()
+            {
+                peers.keep_up_with(leader);
+            }
+            if leader.is_some() && was_led {
+                changes.increment(1);
+            }
+            was_led |= leader.is_some();
             tell(GroupEvent::Leader {
                 group: id,
                 term,
@@ -71,6 +84,7 @@ pub(super) async fn watch(groups: Weak<Groups>, group: Group, events: broadcast:
             return;
         }
         if metrics.changed().await.is_err() {
+            group.has_ended();
             tell(GroupEvent::Stopped { group: id, replica });
             return;
         }

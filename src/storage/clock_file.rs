@@ -10,13 +10,13 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::slots;
+
 /// Name of the file.
 pub const CLOCK_FILE: &str = "clock";
 
 const MAGIC: &[u8; 8] = b"MSCLOCK\0";
-const VERSION: u8 = 1;
 const SLOT_BYTES: usize = 40;
-const SLOT_STRIDE: u64 = 4096;
 
 /// What a slot says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,43 +26,19 @@ struct Note {
 }
 
 fn encode(note: Note) -> [u8; SLOT_BYTES] {
-    let mut slot = [0; SLOT_BYTES];
-    slot[..8].copy_from_slice(MAGIC);
-    slot[8] = VERSION;
-    slot[16..24].copy_from_slice(&note.number.to_le_bytes());
-    slot[24..32].copy_from_slice(&note.time_us.to_le_bytes());
-    let crc = crc_of(&slot);
-    slot[12..16].copy_from_slice(&crc.to_le_bytes());
-    slot
-}
-
-fn crc_of(slot: &[u8; SLOT_BYTES]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&slot[..12]);
-    hasher.update(&slot[16..]);
-    hasher.finalize()
-}
-
-fn decode(slot: &[u8; SLOT_BYTES]) -> Option<Note> {
-    let field = |at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().expect("eight bytes"));
-    let crc = u32::from_le_bytes(slot[12..16].try_into().expect("four bytes"));
-    (&slot[..8] == MAGIC && slot[8] == VERSION && crc == crc_of(slot)).then(|| Note {
-        number: field(16),
-        time_us: field(24),
+    slots::encode(MAGIC, |slot| {
+        slot[16..24].copy_from_slice(&note.number.to_le_bytes());
+        slot[24..32].copy_from_slice(&note.time_us.to_le_bytes());
     })
 }
 
 /// The good notes of a file, by slot.
 fn notes(file: &File) -> std::io::Result<[Option<Note>; 2]> {
-    let read = |at: u64| {
-        let mut slot = [0; SLOT_BYTES];
-        match file.read_exact_at(&mut slot, at) {
-            Ok(()) => Ok(decode(&slot)),
-            Err(e) if e.kind() == ErrorKind::UnexpectedEof => Ok(None),
-            Err(e) => Err(e),
-        }
+    let note = |slot: [u8; SLOT_BYTES]| Note {
+        number: slots::number(&slot, 16),
+        time_us: slots::number(&slot, 24),
     };
-    Ok([read(0)?, read(SLOT_STRIDE)?])
+    Ok(slots::read(file, MAGIC)?.map(|slot| slot.map(note)))
 }
 
 /// When the node of this data directory last ran, in microseconds since the Unix epoch. `None` where nobody knows: a new
@@ -115,7 +91,7 @@ impl ClockFile {
             number: self.number,
             time_us,
         });
-        self.file.write_all_at(&slot, self.slot * SLOT_STRIDE)?;
+        self.file.write_all_at(&slot, self.slot * slots::STRIDE)?;
         self.slot = 1 - self.slot;
         Ok(())
     }
@@ -141,7 +117,7 @@ mod tests {
         ClockFile::open(dir.path()).expect("opened").note(5).expect("written");
         assert_eq!(last_time_us(dir.path()), Some(5));
         let good = std::fs::read(&path).expect("there");
-        let newest = if good[24] == 5 { 0 } else { SLOT_STRIDE as usize };
+        let newest = if good[24] == 5 { 0 } else { slots::STRIDE as usize };
         for at in 0..SLOT_BYTES {
             let mut torn = good.clone();
             torn[newest + at] ^= 1;

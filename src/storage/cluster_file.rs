@@ -8,6 +8,16 @@ use crate::model::{NodeId, ReplicaId};
 
 const NAME: &str = "cluster";
 
+/// What was seen of another node's store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeenStore {
+    pub store_id: u128,
+    /// The highest seen.
+    pub incarnation: u64,
+    /// The random number of that start; 0: not known.
+    pub start: u64,
+}
+
 /// Another node, or this one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerHint {
@@ -16,8 +26,8 @@ pub struct PeerHint {
     pub address: String,
     /// Its replica of the meta group.
     pub meta_replica: Option<ReplicaId>,
-    /// Its store and the highest incarnation seen of it.
-    pub seen: Option<(u128, u64)>,
+    /// What was seen of it.
+    pub seen: Option<SeenStore>,
 }
 
 /// What the file holds.
@@ -68,10 +78,12 @@ impl ClusterHints {
             self.meta_replica.get()
         );
         for peer in &self.peers {
-            let (store, incarnation) = peer.seen.unwrap_or((0, 0));
+            let (store, incarnation, start) = peer
+                .seen
+                .map_or((0, 0, 0), |seen| (seen.store_id, seen.incarnation, seen.start));
             let address = if peer.address.is_empty() { "-" } else { &peer.address };
             text.push_str(&format!(
-                "peer {} {} {store:032x} {incarnation} {address}\n",
+                "peer {} {} {store:032x} {incarnation} {address} {start:016x}\n",
                 peer.node.get(),
                 peer.meta_replica.map_or(0, ReplicaId::get),
             ));
@@ -100,11 +112,19 @@ impl ClusterHints {
             let store = u128::from_str_radix(words.next()?, 16).ok()?;
             let incarnation = words.next()?.parse().ok()?;
             let address = words.next().filter(|address| *address != "-").unwrap_or_default();
+            // Absent from what was written before it was remembered.
+            let start = words
+                .next()
+                .map_or(Some(0), |start| u64::from_str_radix(start, 16).ok())?;
             Some(PeerHint {
                 node,
                 address: address.to_owned(),
                 meta_replica: (meta != 0).then(|| ReplicaId::new(meta)),
-                seen: (store != 0).then_some((store, incarnation)),
+                seen: (store != 0).then_some(SeenStore {
+                    store_id: store,
+                    incarnation,
+                    start,
+                }),
             })
         };
         let peers: Option<Vec<PeerHint>> = lines.map(peer).collect();
@@ -132,7 +152,11 @@ mod tests {
                     node: NodeId::new(1),
                     address: "a.example:7412".into(),
                     meta_replica: Some(ReplicaId::new(7)),
-                    seen: Some((u128::MAX, 3)),
+                    seen: Some(SeenStore {
+                        store_id: u128::MAX,
+                        incarnation: 3,
+                        start: u64::MAX - 7,
+                    }),
                 },
                 PeerHint {
                     node: NodeId::new(2),

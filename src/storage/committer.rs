@@ -22,7 +22,7 @@ use super::queue::{Done, Op, Queue, Request, Taken};
 use super::record::{frame, frame_into};
 use super::shared::Shared;
 use super::witness::{Mark, Witness};
-use crate::model::{GroupId, LogIndex};
+use crate::model::{GroupId, LogIndex, ReplicaId};
 
 /// Bytes of a RocksDB batch before its records: sequence (8) and count (4). RocksDB fills them in later.
 pub(super) const BATCH_HEAD_BYTES: usize = 12;
@@ -74,6 +74,8 @@ enum Change {
     },
     Purged,
     Quarantined,
+    Cleared(Option<ReplicaId>),
+    Owned(ReplicaId),
     Refused,
     /// A truncation that was refused: what it hid from readers is shown again.
     TruncationRefused,
@@ -141,6 +143,16 @@ impl Committer {
             }
         }
         committer.lock().end();
+    }
+
+    /// Commits what waits, as one write, on the caller's thread; nothing if nothing does.
+    pub fn commit_waiting(&mut self) {
+        let queue = self.queue.clone();
+        if let Some(taken) = queue.take(self.batch_bytes_max)
+            && self.commit(taken).is_err()
+        {
+            self.end();
+        }
     }
 
     fn end(&mut self) {
@@ -262,9 +274,9 @@ impl Committer {
         let mut plan = self.plans.get(&group).copied().unwrap_or_default();
         let refused = match request.op {
             Op::Truncate(_) => Change::TruncationRefused,
-            Op::Append(_) | Op::Vote(_) | Op::Purge(..) | Op::Quarantine => Change::Refused,
+            Op::Append(_) | Op::Vote(_) | Op::Purge(..) | Op::Quarantine | Op::Clear(_) | Op::Own(_) => Change::Refused,
         };
-        let planned = if plan.quarantined {
+        let planned = if plan.quarantined && !matches!(request.op, Op::Clear(_)) {
             Err(StorageError::Quarantined(group))
         } else {
             match request.op {
@@ -279,6 +291,30 @@ impl Committer {
                     plan.quarantined = true;
                     put(batch, &Key::Quarantine(group), &[]);
                     Ok(Change::Quarantined)
+                }
+                Op::Clear(retired) => {
+                    let next = plan.next.unwrap_or(plan.low);
+                    self.remove(batch, group, plan.low, next);
+                    let marks = [
+                        Key::Vote,
+                        Key::Committed,
+                        Key::Purged,
+                        Key::First,
+                        Key::Quarantine,
+                        Key::Owner,
+                    ];
+                    for mark in marks {
+                        batch.delete(mark(group).encode());
+                    }
+                    if let Some(retired) = retired {
+                        put(batch, &Key::Retired(group), &retired.get().to_le_bytes());
+                    }
+                    plan = Plan::default();
+                    Ok(Change::Cleared(retired))
+                }
+                Op::Own(replica) => {
+                    put(batch, &Key::Owner(group), &replica.get().to_le_bytes());
+                    Ok(Change::Owned(replica))
                 }
             }
         };
@@ -431,6 +467,13 @@ impl Committer {
                     log.last = log.last.max(purged);
                 }
                 Change::Quarantined => log.quarantined = true,
+                Change::Cleared(retired) => {
+                    *log = GroupLog {
+                        retired: retired.or(log.retired),
+                        ..GroupLog::default()
+                    }
+                }
+                Change::Owned(replica) => log.owner = Some(*replica),
                 Change::TruncationRefused => {
                     log.truncating.pop_front();
                 }

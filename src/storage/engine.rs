@@ -229,6 +229,8 @@ pub fn is_stale(floors: &FloorTable, key: &[u8], value: &[u8]) -> bool {
         | Key::Purged(_)
         | Key::First(_)
         | Key::Quarantine(_)
+        | Key::Owner(_)
+        | Key::Retired(_)
         | Key::BatchRecord => false,
     }
 }

@@ -39,6 +39,8 @@ fn keys_byte_for_byte() {
         (Key::Purged(g), "240000000000000102"),
         (Key::First(g), "250000000000000102"),
         (Key::Quarantine(g), "260000000000000102"),
+        (Key::Owner(g), "270000000000000102"),
+        (Key::Retired(g), "280000000000000102"),
         (Key::BatchRecord, "2f"),
     ];
     for (key, bytes) in &table {
@@ -104,9 +106,17 @@ fn texts_word_for_word() {
         cluster_id: Some("c-1".into()),
         node_id: NodeId::new(3),
         incarnation: 12,
+        starts: Vec::new(),
     };
     assert_eq!(identity.to_text(), GOLDEN_IDENTITY);
-    assert_eq!(Identity::parse(GOLDEN_IDENTITY), Ok(identity));
+    assert_eq!(Identity::parse(GOLDEN_IDENTITY), Ok(identity.clone()));
+    let mut opened = identity;
+    for start in 1..=100 {
+        opened.open_again(start);
+        assert_eq!(Identity::parse(&opened.to_text()), Ok(opened.clone()));
+    }
+    assert_eq!(opened.incarnation, 112);
+    assert_eq!(opened.starts, (37..=100).collect::<Vec<u64>>());
 }
 
 const GOLDEN_FORMAT: &str = "mainstem-data 1\ncrc 3909da1e\n";
@@ -115,7 +125,7 @@ const GOLDEN_IDENTITY: &str =
 
 fn any_key() -> impl Strategy<Value = (u8, u64, u64, Vec<u8>)> {
     (
-        0u8..18,
+        0u8..20,
         any::<u64>(),
         any::<u64>(),
         proptest::collection::vec(any::<u8>(), 0..40),
@@ -142,6 +152,8 @@ fn build<'a>(kind: u8, a: u64, b: u64, bytes: &'a [u8]) -> Key<'a> {
         14 => Key::Purged(g),
         15 => Key::First(g),
         16 => Key::Quarantine(g),
+        17 => Key::Owner(g),
+        18 => Key::Retired(g),
         _ => Key::BatchRecord,
     }
 }

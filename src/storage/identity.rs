@@ -27,7 +27,13 @@ pub struct Identity {
     pub node_id: NodeId,
     /// Raised and synced at each open, by this store only: tells an older copy of a disk.
     pub incarnation: u64,
+    /// A random number for each open, this one's last: tells an older copy that was opened as often since. At most
+    /// [`STARTS_MAX`].
+    pub starts: Vec<u64>,
 }
+
+/// Opens that are remembered one by one.
+pub const STARTS_MAX: usize = 64;
 
 /// Why a file could not be understood.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,13 +65,26 @@ pub fn parse_format(text: &str) -> Result<u32, TextFault> {
 impl Identity {
     /// The text of `IDENTITY`.
     pub fn to_text(&self) -> String {
-        seal(format!(
+        let mut text = format!(
             "mainstem-identity 1\nstore {:032x}\ncluster {}\nnode {}\nincarnation {}\n",
             self.store_id,
             self.cluster_id.as_deref().unwrap_or("-"),
             self.node_id.get(),
             self.incarnation
-        ))
+        );
+        if !self.starts.is_empty() {
+            let starts: Vec<String> = self.starts.iter().map(|start| format!("{start:016x}")).collect();
+            text.push_str(&format!("starts {}\n", starts.join(" ")));
+        }
+        seal(text)
+    }
+
+    /// The store is opened once more, under this number.
+    pub fn open_again(&mut self, start: u64) {
+        self.incarnation += 1;
+        self.starts.push(start);
+        let over = self.starts.len().saturating_sub(STARTS_MAX);
+        self.starts.drain(..over);
     }
 
     /// Reads `IDENTITY`.
@@ -88,11 +107,21 @@ impl Identity {
         let cluster = next("cluster")?;
         let node: u64 = next("node")?.parse().map_err(|_| bad())?;
         let incarnation = next("incarnation")?.parse().map_err(|_| bad())?;
+        // Absent from what was written before there were any.
+        let starts = match lines.next() {
+            None => Vec::new(),
+            Some(line) => {
+                let all = line.strip_prefix("starts ").ok_or_else(bad)?;
+                let all: Result<Vec<u64>, _> = all.split(' ').map(|start| u64::from_str_radix(start, 16)).collect();
+                all.map_err(|_| bad())?
+            }
+        };
         Ok(Identity {
             store_id,
             cluster_id: (cluster != "-").then(|| cluster.to_string()),
             node_id: NodeId::new(node),
             incarnation,
+            starts,
         })
     }
 }

@@ -19,6 +19,8 @@
 //! | log   | default | 0x24 | group                          | purge marker: log index, log id |
 //! | log   | default | 0x25 | group                          | index of the first entry ever, until something is purged |
 //! | log   | default | 0x26 | group                          | quarantine: the group was set aside |
+//! | log   | default | 0x27 | group                          | owner: the id of the replica whose log this is |
+//! | log   | default | 0x28 | group                          | retired: no replica with this id or a lower one runs here again |
 //! | log   | default | 0x2F |                                | batch record: number and digest of the committer's last write |
 //!
 //! Families: `index` is state/'s default one. The table is disk format: a tag is never given another meaning.
@@ -42,6 +44,8 @@ const COMMITTED: u8 = 0x23;
 const PURGED: u8 = 0x24;
 const FIRST: u8 = 0x25;
 const QUARANTINE: u8 = 0x26;
+const OWNER: u8 = 0x27;
+const RETIRED: u8 = 0x28;
 const BATCH_RECORD: u8 = 0x2F;
 
 /// A key, taken apart.
@@ -64,6 +68,8 @@ pub enum Key<'a> {
     Purged(GroupId),
     First(GroupId),
     Quarantine(GroupId),
+    Owner(GroupId),
+    Retired(GroupId),
     BatchRecord,
 }
 
@@ -103,6 +109,8 @@ impl<'a> Key<'a> {
             Key::Purged(g) => one(out, PURGED, g.get()),
             Key::First(g) => one(out, FIRST, g.get()),
             Key::Quarantine(g) => one(out, QUARANTINE, g.get()),
+            Key::Owner(g) => one(out, OWNER, g.get()),
+            Key::Retired(g) => one(out, RETIRED, g.get()),
             Key::BatchRecord => out.push(BATCH_RECORD),
         }
     }
@@ -155,6 +163,8 @@ impl<'a> Key<'a> {
             PURGED => Key::Purged(GroupId::new(last(rest)?)),
             FIRST => Key::First(GroupId::new(last(rest)?)),
             QUARANTINE => Key::Quarantine(GroupId::new(last(rest)?)),
+            OWNER => Key::Owner(GroupId::new(last(rest)?)),
+            RETIRED => Key::Retired(GroupId::new(last(rest)?)),
             BATCH_RECORD if rest.is_empty() => Key::BatchRecord,
             _ => return None,
         })
@@ -180,6 +190,8 @@ impl<'a> Key<'a> {
             Key::Purged(_) => "purge marker",
             Key::First(_) => "first index",
             Key::Quarantine(_) => "quarantine mark",
+            Key::Owner(_) => "owner",
+            Key::Retired(_) => "retired mark",
             Key::BatchRecord => "batch record",
         }
     }
@@ -193,7 +205,9 @@ impl std::fmt::Display for Key<'_> {
             | Key::Committed(g)
             | Key::Purged(g)
             | Key::First(g)
-            | Key::Quarantine(g) => write!(f, "{g}"),
+            | Key::Quarantine(g)
+            | Key::Owner(g)
+            | Key::Retired(g) => write!(f, "{g}"),
             Key::Shard(s) | Key::BatchFloor(s) | Key::IdFloor(s) => write!(f, "{s}"),
             Key::Producer(s, p) => write!(f, "{s}/{p}"),
             Key::Ids(s, q) | Key::Holes(s, q) | Key::Batch(s, q) => write!(f, "{s}/{q}"),

@@ -15,7 +15,7 @@ use super::lock::DirLock;
 use super::queue::{Done, Op, Queue};
 use super::record::{corrupt, unframe};
 use super::shared::{Shared, read_error};
-use crate::model::{GroupId, LogIndex};
+use crate::model::{GroupId, LogIndex, ReplicaId};
 
 /// What is known of a group's log.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,6 +32,10 @@ pub struct LogMeta {
     pub last: Option<LogIndex>,
     /// The group was set aside: kept as it is, not written.
     pub quarantined: bool,
+    /// The replica whose log it is; not known of one that was begun by a version that did not note it.
+    pub owner: Option<ReplicaId>,
+    /// No replica with this id or a lower one runs here again: it was removed.
+    pub retired: Option<ReplicaId>,
 }
 
 /// A group's log as its readers may see it.
@@ -46,6 +50,8 @@ pub(super) struct GroupLog {
     /// Last entry written. Advanced by the committer.
     pub last: Option<LogIndex>,
     pub quarantined: bool,
+    pub owner: Option<ReplicaId>,
+    pub retired: Option<ReplicaId>,
     /// First index removed by each truncation that is asked for and not written yet. Nothing from there on is shown.
     pub truncating: VecDeque<u64>,
 }
@@ -54,6 +60,11 @@ impl GroupLog {
     fn end_exclusive(&self) -> u64 {
         let end = self.last.map_or(0, |l| l.get() + 1);
         self.truncating.iter().fold(end, |end, &cut| end.min(cut))
+    }
+
+    /// Nothing was ever written to it, or everything was removed.
+    fn is_empty(&self) -> bool {
+        self.vote.is_none() && self.purged.is_none() && self.first.is_none() && self.owner.is_none()
     }
 
     fn purged_index(&self) -> Option<LogIndex> {
@@ -74,6 +85,8 @@ impl GroupLog {
             first: present.map(LogIndex::new),
             last: present.map(|_| LogIndex::new(end - 1)).or(self.purged_index()),
             quarantined: self.quarantined,
+            owner: self.owner,
+            retired: self.retired,
         }
     }
 }
@@ -141,16 +154,20 @@ impl LogDb {
         self.0.queue.set_committed(group, committed);
     }
 
-    /// Sets a group aside: it is not listed and not written any more, and nothing of it is removed.
-    pub fn drop_group(&self, group: GroupId) {
-        let shared = self.0.shared.clone();
-        let done: Done = Box::new(move |result| {
-            if let Err(error) = result {
-                tracing::warn!(%group, %error, "could not set the group aside");
-                shared.note_error(&error);
-            }
-        });
+    /// Sets a group aside: from `done` on it is not listed and not written any more, and nothing of it is removed.
+    pub fn set_aside(&self, group: GroupId, done: Done) {
         self.ask(group, Op::Quarantine, done);
+    }
+
+    /// Removes everything there is of a group's log, set aside or not; `done` after that is synced. The group may begin
+    /// anew then, as another replica than the one that is retired. Nobody reads or writes it meanwhile.
+    pub fn clear(&self, group: GroupId, retired: Option<ReplicaId>, done: Done) {
+        self.ask(group, Op::Clear(retired), done);
+    }
+
+    /// Notes whose log it is, before anything else is written to it; `done` after that is synced.
+    pub fn own(&self, group: GroupId, replica: ReplicaId, done: Done) {
+        self.ask(group, Op::Own(replica), done);
     }
 
     fn ask(&self, group: GroupId, op: Op, done: Done) {
@@ -259,7 +276,7 @@ impl LogDb {
         let groups = self.0.groups.lock();
         groups
             .iter()
-            .filter(|(_, log)| !log.quarantined)
+            .filter(|(_, log)| !log.quarantined && !log.is_empty())
             .map(|(g, _)| *g)
             .collect()
     }

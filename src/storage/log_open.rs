@@ -17,7 +17,7 @@ use super::record::{corrupt, take_u64, unframe};
 use super::shared::read_error;
 use super::wal_check::{self, WalFault};
 use super::witness::{Mark, WITNESS_FILE};
-use crate::model::{GroupId, LogIndex};
+use crate::model::{GroupId, LogIndex, ReplicaId};
 
 /// A log that is whole.
 pub(super) struct OpenedLog {
@@ -113,6 +113,14 @@ fn walk(db: &DB) -> Result<BTreeMap<GroupId, GroupLog>, StorageError> {
                 groups.entry(g).or_default().first = Some(LogIndex::new(index));
             }
             Some(Key::Quarantine(g)) => groups.entry(g).or_default().quarantined = true,
+            Some(Key::Owner(g)) => {
+                let replica = take_u64(&mut payload).ok_or_else(short)?;
+                groups.entry(g).or_default().owner = Some(ReplicaId::new(replica));
+            }
+            Some(Key::Retired(g)) => {
+                let replica = take_u64(&mut payload).ok_or_else(short)?;
+                groups.entry(g).or_default().retired = Some(ReplicaId::new(replica));
+            }
             Some(Key::BatchRecord) => {}
             _ => return Err(corrupt(Area::Log, key, "not a key of the log")),
         }

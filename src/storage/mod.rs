@@ -10,7 +10,8 @@
 //! | `witness.rs`, `wal_check.rs`, `log_open.rs` | a log that lost something knows it |
 //! | `log.rs` | Raft entries, votes, purge markers |
 //! | `state.rs`, `state_batch.rs`, `state_read.rs` | applied state: writing, flushing, reading |
-//! | `state_export.rs`, `state_install.rs` | the state of one group, for another node and from one |
+//! | `state_export.rs`, `state_pieces.rs` | the state of one group, for another node |
+//! | `state_stage.rs`, `staged_file.rs`, `state_compare.rs`, `state_install.rs` | the same from another node: receiving it, what need not travel, the switch |
 //! | `floors.rs`, `reclaim.rs` | trims, and giving their space back |
 //! | `upkeep.rs`, `space.rs` | background threads, free space |
 //!
@@ -39,22 +40,27 @@ mod queue;
 mod reclaim;
 mod record;
 mod shared;
+mod slots;
 mod space;
+mod staged_file;
 mod state;
 mod state_batch;
+mod state_compare;
 mod state_export;
 mod state_install;
+mod state_pieces;
 mod state_read;
+mod state_stage;
 mod store;
 mod upkeep;
 mod wal_check;
 mod witness;
 
 pub use clock_file::{ClockFile, last_time_us};
-pub use cluster_file::{ClusterHints, HintsError, PeerHint};
+pub use cluster_file::{ClusterHints, HintsError, PeerHint, SeenStore};
 pub use error::{Area, OpenError, Poison, StorageError};
 pub use floors::Floors;
-pub use identity::Identity;
+pub use identity::{Identity, STARTS_MAX};
 pub use log::{LogDb, LogMeta};
 pub use options::StoreOptions;
 pub use queue::Done;
@@ -62,7 +68,9 @@ pub use shared::DamageNote;
 pub use space::Space;
 pub use state::StateDb;
 pub use state_batch::StateBatch;
-pub use state_export::Exported;
-pub use state_install::{StageError, StagedGroup};
+pub use state_compare::Compared;
+pub use state_export::{Exported, ExportedShards, GroupView};
+pub use state_pieces::{Digest, PIECE_BYTES, Piece, Place, Stretch, united};
 pub use state_read::BatchScan;
+pub use state_stage::{Finish, Received, StageError, StagedGroup, Staging};
 pub use store::Store;

@@ -29,6 +29,10 @@ pub struct StoreOptions {
     /// Whether a thread that asks for a lone small append may write and sync it itself, while syncs are quick. Only
     /// where other threads serve what that thread serves too: it is blocked meanwhile.
     pub commit_on_caller: bool,
+    /// Whether the store has threads of its own. Without them its owner does their work: it calls
+    /// [`commit_waiting`](super::Store::commit_waiting) and flushes `state/`, and space is looked at and given back only
+    /// when it says so. For a simulation, which has to repeat itself exactly.
+    pub threads: bool,
     /// Values of `state/` at or above this go to blob files and are not rewritten by compaction.
     pub min_blob_bytes: u64,
     /// A blob file is closed at this size.
@@ -58,6 +62,7 @@ impl Default for StoreOptions {
             min_free_bytes: 512 * MIB as u64,
             commit_batch_bytes_max: 8 * MIB,
             commit_on_caller: true,
+            threads: true,
             min_blob_bytes: 1024,
             blob_file_bytes: 64 * MIB as u64,
             space_interval: Duration::from_millis(250),

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::error::StorageError;
 use super::metric_names;
-use crate::model::{GroupId, LogIndex};
+use crate::model::{GroupId, LogIndex, ReplicaId};
 
 /// Called once, with the outcome, by the committer's thread (or at once by the caller's when the store is closed).
 /// It must be quick: every group waits for it.
@@ -25,6 +25,9 @@ pub(super) enum Op {
     /// Removes every entry up to this one, whose encoded log id is given.
     Purge(LogIndex, Bytes),
     Quarantine,
+    /// Removes everything, and retires this replica.
+    Clear(Option<ReplicaId>),
+    Own(ReplicaId),
 }
 
 impl Op {
@@ -33,7 +36,7 @@ impl Op {
         match self {
             Op::Append(entries) => entries.iter().map(|(_, e)| e.len() + OVERHEAD).sum(),
             Op::Vote(b) | Op::Purge(_, b) => b.len() + OVERHEAD,
-            Op::Truncate(_) | Op::Quarantine => OVERHEAD,
+            Op::Truncate(_) | Op::Quarantine | Op::Clear(_) | Op::Own(_) => OVERHEAD,
         }
     }
 }
@@ -127,6 +130,11 @@ impl Queue {
         while waiting.turn.is_empty() && !waiting.closing {
             self.ready.wait(&mut waiting);
         }
+    }
+
+    /// Whether a request waits.
+    pub fn has_work(&self) -> bool {
+        !self.waiting.lock().turn.is_empty()
     }
 
     /// Takes work, perhaps none. `None` when closing and nothing is left. What is taken must be written before anything
@@ -249,6 +257,8 @@ mod tests {
             Op::Truncate(_) => "truncate",
             Op::Purge(..) => "purge",
             Op::Quarantine => "quarantine",
+            Op::Clear(_) => "clear",
+            Op::Own(_) => "own",
         };
         taken.requests.iter().map(|r| (r.group.get(), name(&r.op))).collect()
     }

@@ -27,6 +27,7 @@ use super::metric_names as names;
 use super::options::StoreOptions;
 use super::space::SpaceMeter;
 use super::state::StateDb;
+use super::state_stage::KEPT_FOR;
 use super::upkeep::Upkeep;
 use super::wal_check::wal_files;
 use crate::model::{Sequence, ShardId};
@@ -110,6 +111,10 @@ impl Reclaim {
     pub fn run(mut self, meter: &SpaceMeter) {
         loop {
             measure(&self.log, &self.state, meter);
+            // Where room is short it is worth more than what need not travel again.
+            let is_low = meter.read(self.opts.min_free_bytes, &self.state.0.shared).low;
+            self.state
+                .sweep_incoming(if is_low { Duration::ZERO } else { KEPT_FOR });
             if self.upkeep.wait(self.opts.reclaim_interval) {
                 return;
             }

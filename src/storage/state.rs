@@ -1,7 +1,7 @@
 //! Applied state: batches and their indexes, shard and producer records, the meta group's records, applied markers.
 //! Without a WAL: after a crash it is older, and the log is applied again from its markers on.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -19,6 +19,7 @@ use super::metric_names as names;
 use super::record::{take_u64, unframe};
 use super::shared::{Shared, read_error};
 use super::state_batch::{Effect, StateBatch};
+use crate::machine::port::ShardSink as _;
 use crate::model::{GroupId, LogIndex, ShardId};
 
 /// What the flusher waits for.
@@ -55,6 +56,8 @@ pub(super) struct StateInner {
     pub removed: Mutex<HashMap<ShardId, u64>>,
     /// Exports that run. As long as there are any, no floor becomes durable, so that nothing they read goes for good.
     pub exports: AtomicUsize,
+    /// The groups that are being received.
+    pub receiving: Mutex<BTreeSet<GroupId>>,
     pub _lock: Arc<DirLock>,
 }
 
@@ -117,6 +120,9 @@ impl StateDb {
                 Effect::Applied(group, index) => {
                     self.0.applied.lock().insert(group, index);
                 }
+                Effect::DropApplied(group) => {
+                    self.0.applied.lock().remove(&group);
+                }
                 Effect::Floors(shard, floors) => {
                     self.0.floors.write().insert(shard, floors);
                 }
@@ -146,9 +152,35 @@ impl StateDb {
         self.0.durable_applied.read().get(&group).copied()
     }
 
+    /// A group's applied index, durable or not.
+    pub fn applied_index(&self, group: GroupId) -> Option<LogIndex> {
+        self.0.applied.lock().get(&group).copied()
+    }
+
     /// Every group that has an applied marker, with its index. Ascending.
     pub fn applied_groups(&self) -> Vec<(GroupId, LogIndex)> {
         self.0.applied.lock().iter().map(|(g, i)| (*g, *i)).collect()
+    }
+
+    /// Removes everything that is a group's: its shards, its applied marker. Durable when it returns. The caller sees to it
+    /// that nobody reads or applies the group meanwhile. Blocks. True: there was something.
+    pub fn drop_group(&self, group: GroupId) -> Result<bool, StorageError> {
+        let mut batch = self.batch();
+        for (shard, owner, _) in self.shards()? {
+            if owner == group {
+                batch.drop_shard(shard);
+            }
+        }
+        if group == GroupId::META {
+            batch.drop_all_meta();
+        }
+        let existed = !batch.is_empty() || self.applied_index(group).is_some();
+        if existed {
+            batch.drop_applied(group);
+            self.write(batch)?;
+            self.flush()?;
+        }
+        Ok(existed)
     }
 
     /// Changes after each flush: `durable_applied` may have moved on.

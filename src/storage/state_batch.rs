@@ -16,6 +16,7 @@ pub(super) enum Effect {
     Applied(GroupId, LogIndex),
     Floors(ShardId, Floors),
     DropShard(ShardId),
+    DropApplied(GroupId),
 }
 
 /// Writes that go to state/ together or not at all.
@@ -62,6 +63,12 @@ impl StateBatch {
         self.effects.push(Effect::Applied(group, index));
     }
 
+    /// Forgets the group's applied marker.
+    pub(super) fn drop_applied(&mut self, group: GroupId) {
+        self.delete(&Key::Applied(group));
+        self.effects.push(Effect::DropApplied(group));
+    }
+
     fn put(&mut self, key: &Key<'_>, payload: impl FnOnce(&mut Vec<u8>)) {
         self.key.clear();
         key.encode_into(&mut self.key);
@@ -72,6 +79,30 @@ impl StateBatch {
     /// Removes every record of the meta group.
     pub(super) fn drop_all_meta(&mut self) {
         self.delete_range(keys::all_meta());
+    }
+
+    /// Removes a shard but for its batches in these ranges, which ascend. Its floors are gone as if it were removed.
+    pub(super) fn drop_shard_but(&mut self, shard: ShardId, kept: &[KeyRange]) {
+        self.delete(&Key::Shard(shard));
+        self.delete(&Key::BatchFloor(shard));
+        self.delete(&Key::IdFloor(shard));
+        self.delete_range(keys::producers_of(shard));
+        self.delete_range(keys::ids_of(shard));
+        self.delete_range(keys::holes_of(shard));
+        self.delete_range(keys::postings_of(shard, b""));
+        let (mut from, to) = keys::batches_of(shard);
+        let mut drop = |from: &[u8], to: &[u8]| {
+            if from < to {
+                self.writes.delete_range_cf(self.db.0.batches(), from, to);
+            }
+        };
+        let first = kept.partition_point(|(_, end)| *end <= from);
+        for (begin, end) in kept[first..].iter().take_while(|(begin, _)| *begin < to) {
+            drop(&from, begin);
+            from.clone_from(end);
+        }
+        drop(&from, &to);
+        self.effects.push(Effect::DropShard(shard));
     }
 
     fn delete(&mut self, key: &Key<'_>) {
@@ -88,7 +119,7 @@ impl StateBatch {
             match effect {
                 Effect::Floors(s, floors) if *s == shard => return *floors,
                 Effect::DropShard(s) if *s == shard => return Floors::default(),
-                Effect::Applied(..) | Effect::Floors(..) | Effect::DropShard(_) => {}
+                Effect::Applied(..) | Effect::Floors(..) | Effect::DropShard(_) | Effect::DropApplied(_) => {}
             }
         }
         self.db.0.floors.read().get(&shard).copied().unwrap_or_default()
@@ -158,16 +189,7 @@ impl ShardSink for StateBatch {
     }
 
     fn drop_shard(&mut self, shard: ShardId) {
-        self.delete(&Key::Shard(shard));
-        self.delete(&Key::BatchFloor(shard));
-        self.delete(&Key::IdFloor(shard));
-        self.delete_range(keys::producers_of(shard));
-        self.delete_range(keys::ids_of(shard));
-        self.delete_range(keys::holes_of(shard));
-        self.delete_range(keys::postings_of(shard, b""));
-        let (from, to) = keys::batches_of(shard);
-        self.writes.delete_range_cf(self.db.0.batches(), from, to);
-        self.effects.push(Effect::DropShard(shard));
+        self.drop_shard_but(shard, &[]);
     }
 
     fn put_meta(&mut self, kind: MetaKind, key: &[u8], record: &[u8]) {

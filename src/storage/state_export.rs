@@ -1,44 +1,26 @@
-//! The state of one group, as a stream of records for another node. Taken from a consistent view of the engine, while
-//! applies go on.
+//! The state of one group, as a stream of records for another node (`state_pieces.rs`). Taken from a consistent view of
+//! the engine, while applies go on.
 //!
-//! A record: family (1 byte: 0 index, 1 batches), length of the key and of the value (LEB128), key, value. Values keep
-//! their frame with version and CRC, which is checked on both sides, so that damage is never passed on. Records of a
-//! family ascend by key; the index comes first. What is below a floor is left out.
+//! Values keep their frame with version and CRC, which is checked on both sides, so that damage is never passed on.
+//! Records of a family ascend by key; the index comes first. What is below a floor is left out.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use rocksdb::{ColumnFamily, ReadOptions};
 
 use super::engine;
 use super::envelope;
 use super::error::{Area, StorageError};
-use super::floors::FloorTable;
+use super::floors::{FloorTable, Floors};
 use super::keys::{self, Key, KeyRange};
-use super::record::{corrupt, put_varint, take_u64, take_varint, unframe};
+use super::record::{corrupt, take_u64, unframe};
 use super::shared::read_error;
 use super::state::StateDb;
+use super::state_pieces::{Cut, Cutter, Digest, Family, Piece, Stretch};
+use super::state_stage::StageError;
 use crate::model::{GroupId, LogIndex, Sequence, ShardId};
-
-/// A chunk is closed when it is this large.
-pub const CHUNK_BYTES: usize = 512 << 10;
-
-/// A family of `state/`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Family {
-    Index = 0,
-    Batches = 1,
-}
-
-impl Family {
-    pub fn name(self) -> &'static str {
-        match self {
-            Family::Index => "index",
-            Family::Batches => "batches",
-        }
-    }
-}
 
 /// What was exported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -64,109 +46,24 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Takes records off the front of a chunk.
-pub(super) fn take_record(chunk: &mut Bytes) -> Option<(Family, Bytes, Bytes)> {
-    let mut rest = &chunk[..];
-    let (&family, after) = rest.split_first()?;
-    rest = after;
-    let family = match family {
-        0 => Family::Index,
-        1 => Family::Batches,
-        _ => return None,
-    };
-    let key = usize::try_from(take_varint(&mut rest)?).ok()?;
-    let value = usize::try_from(take_varint(&mut rest)?).ok()?;
-    if rest.len() < key.checked_add(value)? {
-        return None;
-    }
-    chunk.advance(chunk.len() - rest.len());
-    Some((family, chunk.split_to(key), chunk.split_to(value)))
-}
+/// The shards of an export, with their floors.
+pub type ExportedShards = BTreeMap<ShardId, Floors>;
 
-struct Export<'a, S> {
+/// A consistent view of a group's state. As long as there is one, no floor becomes durable.
+pub struct GroupView<'a> {
     db: &'a StateDb,
-    snapshot: &'a rocksdb::Snapshot<'a>,
-    floors: FloorTable,
-    chunk: Vec<u8>,
-    done: Exported,
-    sink: S,
+    group: GroupId,
+    snapshot: rocksdb::Snapshot<'a>,
+    applied: Option<(LogIndex, Bytes)>,
+    shards: ExportedShards,
+    _held: Held<'a>,
 }
 
-impl<S: FnMut(Bytes) -> bool> Export<'_, S> {
-    /// False: nobody takes the rest.
-    fn range(&mut self, family: Family, (from, to): KeyRange) -> Result<bool, StorageError> {
-        let inner = &*self.db.0;
-        let handle: &ColumnFamily = match family {
-            Family::Index => inner.index(),
-            Family::Batches => inner.batches(),
-        };
-        let mut options = ReadOptions::default();
-        options.set_snapshot(self.snapshot);
-        options.set_iterate_upper_bound(to);
-        options.set_readahead_size(256 << 10);
-        options.fill_cache(false);
-        let mut iter = inner.db.raw_iterator_cf_opt(handle, options);
-        iter.seek(from);
-        while let Some((key, value)) = iter.item() {
-            // Also checks what is left out: damage is found when it is met.
-            unframe(Area::State, key, value)?;
-            if !engine::is_stale(&self.floors, key, value) {
-                self.chunk.push(family as u8);
-                put_varint(&mut self.chunk, key.len() as u64);
-                put_varint(&mut self.chunk, value.len() as u64);
-                self.chunk.extend_from_slice(key);
-                self.chunk.extend_from_slice(value);
-                self.done.records += 1;
-                if self.chunk.len() >= CHUNK_BYTES && !self.flush() {
-                    return Ok(false);
-                }
-            }
-            iter.next();
-        }
-        iter.status()
-            .map(|()| true)
-            .map_err(|e| read_error(Area::State, "exporting a group", &e))
-    }
-
-    fn flush(&mut self) -> bool {
-        if self.chunk.is_empty() {
-            return true;
-        }
-        self.done.bytes += self.chunk.len() as u64;
-        let full = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK_BYTES + (64 << 10)));
-        (self.sink)(full.into())
-    }
-
-    fn run(&mut self, group: GroupId, shards: &BTreeSet<ShardId>) -> Result<bool, StorageError> {
-        let of_shard: [fn(ShardId) -> KeyRange; 7] = [
-            |s| exactly(&Key::Shard(s)),
-            keys::producers_of,
-            keys::ids_of,
-            keys::holes_of,
-            |s| keys::postings_of(s, b""),
-            |s| exactly(&Key::BatchFloor(s)),
-            |s| exactly(&Key::IdFloor(s)),
-        ];
-        // By tag and then by shard: that is the order of keys.
-        for range in of_shard {
-            for shard in shards {
-                if !self.range(Family::Index, range(*shard))? {
-                    return Ok(false);
-                }
-            }
-        }
-        if group == GroupId::META && !self.range(Family::Index, keys::all_meta())? {
-            return Ok(false);
-        }
-        for shard in shards {
-            let floor = self.floors.get(shard).map_or(Sequence::new(0), |f| f.batches);
-            let (_, to) = keys::batches_of(*shard);
-            if !self.range(Family::Batches, (envelope::key(*shard, floor), to))? {
-                return Ok(false);
-            }
-        }
-        Ok(self.flush())
-    }
+/// What a walk through a view meets.
+pub(super) enum Met<'r> {
+    Record(Family, &'r [u8], &'r [u8]),
+    /// A record that is there and cannot be used.
+    Damaged(Family, &'r [u8], StorageError),
 }
 
 fn exactly(key: &Key<'_>) -> KeyRange {
@@ -176,86 +73,196 @@ fn exactly(key: &Key<'_>) -> KeyRange {
     (from, to)
 }
 
-impl StateDb {
-    /// Exports a group. Blocks; use a thread that may.
-    ///
-    /// First takes a view of the state and calls `pinned` with the group's applied marker in it. Then calls `wanted`,
-    /// which may wait; with `None` nothing is exported and the view is let go. The sink takes chunks of whole records,
-    /// of about half a mebibyte each; false ends the export (`Ok(None)`).
-    pub fn export_group<S: FnMut(Bytes) -> bool>(
-        &self,
-        group: GroupId,
-        pinned: impl FnOnce(Option<(LogIndex, Bytes)>),
-        wanted: impl FnOnce() -> Option<S>,
-    ) -> Result<Option<Exported>, StorageError> {
-        let _held = Held::new(self);
-        let result = self.export(group, pinned, wanted);
-        self.0.shared.note(result)
+/// Everything that belongs to these shards, in the order of an export. Without what is below the batch floors.
+fn ranges_of(group: GroupId, shards: &ExportedShards) -> Vec<(Family, KeyRange)> {
+    let mut ranges = Vec::new();
+    // By tag and then by shard: that is the order of keys.
+    for of_shard in INDEX_OF_SHARD {
+        ranges.extend(shards.keys().map(|shard| (Family::Index, of_shard(*shard))));
     }
+    if group == GroupId::META {
+        ranges.push((Family::Index, keys::all_meta()));
+    }
+    ranges.extend(shards.iter().map(|(shard, floors)| {
+        let (_, to) = keys::batches_of(*shard);
+        (Family::Batches, (envelope::key(*shard, floors.batches), to))
+    }));
+    ranges
+}
 
-    fn export<S: FnMut(Bytes) -> bool>(
-        &self,
-        group: GroupId,
-        pinned: impl FnOnce(Option<(LogIndex, Bytes)>),
-        wanted: impl FnOnce() -> Option<S>,
-    ) -> Result<Option<Exported>, StorageError> {
-        let snapshot = self.0.db.snapshot();
-        let get = |key: &Key<'_>| -> Result<Option<Vec<u8>>, StorageError> {
-            let key = key.encode();
-            let mut options = ReadOptions::default();
-            options.set_snapshot(&snapshot);
-            match self.0.db.get_pinned_opt(&key, &options) {
-                Ok(None) => Ok(None),
-                Ok(Some(value)) => unframe(Area::State, &key, &value).map(|p| Some(p.to_vec())),
-                Err(e) => Err(read_error(Area::State, "exporting a group", &e)),
-            }
+const INDEX_OF_SHARD: [fn(ShardId) -> KeyRange; 7] = [
+    |s| exactly(&Key::Shard(s)),
+    keys::producers_of,
+    keys::ids_of,
+    keys::holes_of,
+    |s| keys::postings_of(s, b""),
+    |s| exactly(&Key::BatchFloor(s)),
+    |s| exactly(&Key::IdFloor(s)),
+];
+
+impl<'a> GroupView<'a> {
+    fn new(db: &'a StateDb, group: GroupId) -> Result<Self, StorageError> {
+        let held = Held::new(db);
+        let mut view = Self {
+            db,
+            group,
+            snapshot: db.0.db.snapshot(),
+            applied: None,
+            shards: ExportedShards::new(),
+            _held: held,
         };
-        let applied = match get(&Key::Applied(group))? {
-            None => None,
-            Some(value) => {
-                let mut payload = &value[..];
-                let index = take_u64(&mut payload)
-                    .ok_or_else(|| corrupt(Area::State, &Key::Applied(group).encode(), "too short"))?;
-                Some((LogIndex::new(index), Bytes::copy_from_slice(payload)))
-            }
-        };
-        pinned(applied);
-        let Some(sink) = wanted() else {
-            return Ok(None);
-        };
-        let shards = self.shards_in(&snapshot, group)?;
-        let mut floors = FloorTable::new();
-        for shard in &shards {
-            let number = |value: Option<Vec<u8>>| value.and_then(|v| take_u64(&mut &v[..])).map(Sequence::new);
-            let entry = floors.entry(*shard).or_default();
-            entry.batches = number(get(&Key::BatchFloor(*shard))?).unwrap_or_default();
-            entry.ids = number(get(&Key::IdFloor(*shard))?).unwrap_or_default();
+        if let Some(value) = view.get(&Key::Applied(group))? {
+            let mut payload = &value[..];
+            let index = take_u64(&mut payload)
+                .ok_or_else(|| corrupt(Area::State, &Key::Applied(group).encode(), "too short"))?;
+            view.applied = Some((LogIndex::new(index), Bytes::copy_from_slice(payload)));
         }
-        let mut export = Export {
-            db: self,
-            snapshot: &snapshot,
-            floors,
-            chunk: Vec::new(),
-            done: Exported::default(),
-            sink,
-        };
-        Ok(export.run(group, &shards)?.then_some(export.done))
+        view.shards = view.shards_of_group()?;
+        Ok(view)
     }
 
-    fn shards_in(&self, snapshot: &rocksdb::Snapshot<'_>, group: GroupId) -> Result<BTreeSet<ShardId>, StorageError> {
+    /// The group's applied marker in it; `None`: nothing of the group was ever applied.
+    pub fn applied(&self) -> Option<&(LogIndex, Bytes)> {
+        self.applied.as_ref()
+    }
+
+    /// The group's shards in it.
+    pub fn shards(&self) -> &ExportedShards {
+        &self.shards
+    }
+
+    /// Tells the pieces that everything consists of; the sink's false ends it (and makes the answer false).
+    pub fn pieces(&self, mut sink: impl FnMut(Piece) -> bool) -> Result<bool, StorageError> {
+        self.cut(&[Stretch::everything()], |cut| {
+            sink(Piece {
+                bytes: cut.data.len() as u64,
+                digest: Digest::of(&cut.data),
+                from: cut.from,
+            })
+        })
+    }
+
+    /// Exports these stretches, which are united, piece by piece. The sink's false ends the export (`Ok(None)`).
+    pub fn export(
+        &self,
+        stretches: &[Stretch],
+        mut sink: impl FnMut(Bytes) -> bool,
+    ) -> Result<Option<Exported>, StorageError> {
+        let mut done = Exported::default();
+        let all = self.cut(stretches, |cut| {
+            done.records += cut.records;
+            done.bytes += cut.data.len() as u64;
+            sink(cut.data)
+        })?;
+        Ok(all.then_some(done))
+    }
+
+    fn cut(&self, stretches: &[Stretch], mut sink: impl FnMut(Cut) -> bool) -> Result<bool, StorageError> {
+        let mut cutter = Cutter::default();
+        for stretch in stretches {
+            let mut last = Family::Index;
+            let mut failed = None;
+            let goes_on = self.walk(&self.shards, stretch, |met| match met {
+                Met::Record(family, key, value) => {
+                    // A piece is of one family.
+                    let before = (family != last).then(|| cutter.take()).flatten();
+                    last = family;
+                    let cuts = cutter.push(family, key, value);
+                    before.into_iter().chain(cuts.into_iter().flatten()).all(&mut sink)
+                }
+                Met::Damaged(_, _, error) => {
+                    failed = Some(error);
+                    false
+                }
+            })?;
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            if !goes_on || !cutter.take().is_none_or(&mut sink) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Goes through the records of a stretch, as if these were the group's shards. False from `visit` ends it.
+    pub(super) fn walk(
+        &self,
+        shards: &ExportedShards,
+        stretch: &Stretch,
+        mut visit: impl FnMut(Met<'_>) -> bool,
+    ) -> Result<bool, StorageError> {
+        let inner = &*self.db.0;
+        let floors: FloorTable = shards.iter().map(|(shard, floors)| (*shard, *floors)).collect();
+        for (family, (mut from, mut to)) in ranges_of(self.group, shards) {
+            if family < stretch.from.family || (family == stretch.from.family && to[..] <= stretch.from.key[..]) {
+                continue;
+            }
+            if family == stretch.from.family && from[..] < stretch.from.key[..] {
+                from = stretch.from.key.to_vec();
+            }
+            if let Some(end) = &stretch.to {
+                if family > end.family || (family == end.family && from[..] >= end.key[..]) {
+                    break;
+                }
+                if family == end.family && to[..] > end.key[..] {
+                    to = end.key.to_vec();
+                }
+            }
+            let handle: &ColumnFamily = match family {
+                Family::Index => inner.index(),
+                Family::Batches => inner.batches(),
+            };
+            let mut options = ReadOptions::default();
+            options.set_snapshot(&self.snapshot);
+            options.set_iterate_upper_bound(to);
+            options.set_readahead_size(256 << 10);
+            options.fill_cache(false);
+            let mut iter = inner.db.raw_iterator_cf_opt(handle, options);
+            iter.seek(from);
+            while let Some((key, value)) = iter.item() {
+                // Also checks what is left out: damage is found when it is met.
+                let goes_on = match unframe(Area::State, key, value) {
+                    Err(error) => visit(Met::Damaged(family, key, error)),
+                    Ok(_) if engine::is_stale(&floors, key, value) => true,
+                    Ok(_) => visit(Met::Record(family, key, value)),
+                };
+                if !goes_on {
+                    return Ok(false);
+                }
+                iter.next();
+            }
+            iter.status()
+                .map_err(|e| read_error(Area::State, "reading a group", &e))?;
+        }
+        Ok(true)
+    }
+
+    fn get(&self, key: &Key<'_>) -> Result<Option<Vec<u8>>, StorageError> {
+        let key = key.encode();
+        let mut options = ReadOptions::default();
+        options.set_snapshot(&self.snapshot);
+        match self.db.0.db.get_pinned_opt(&key, &options) {
+            Ok(None) => Ok(None),
+            Ok(Some(value)) => unframe(Area::State, &key, &value).map(|p| Some(p.to_vec())),
+            Err(e) => Err(read_error(Area::State, "reading a group", &e)),
+        }
+    }
+
+    fn shards_of_group(&self) -> Result<ExportedShards, StorageError> {
         let (from, to) = keys::all_shards();
         let mut options = ReadOptions::default();
-        options.set_snapshot(snapshot);
+        options.set_snapshot(&self.snapshot);
         options.set_iterate_upper_bound(to);
-        let mut iter = self.0.db.raw_iterator_opt(options);
+        let mut iter = self.db.0.db.raw_iterator_opt(options);
         iter.seek(from);
-        let mut shards = BTreeSet::new();
+        let mut shards = ExportedShards::new();
         while let Some((key, value)) = iter.item() {
             let mut payload = unframe(Area::State, key, value)?;
             match (Key::decode(key), take_u64(&mut payload)) {
                 (Some(Key::Shard(shard)), Some(owner)) => {
-                    if owner == group.get() {
-                        shards.insert(shard);
+                    if owner == self.group.get() {
+                        shards.insert(shard, self.floors_of(shard)?);
                     }
                 }
                 _ => return Err(corrupt(Area::State, key, "too short")),
@@ -265,5 +272,87 @@ impl StateDb {
         iter.status()
             .map(|()| shards)
             .map_err(|e| read_error(Area::State, "listing shards", &e))
+    }
+
+    fn floors_of(&self, shard: ShardId) -> Result<Floors, StorageError> {
+        let number = |value: Option<Vec<u8>>| value.and_then(|v| take_u64(&mut &v[..])).map(Sequence::new);
+        Ok(Floors {
+            batches: number(self.get(&Key::BatchFloor(shard))?).unwrap_or_default(),
+            ids: number(self.get(&Key::IdFloor(shard))?).unwrap_or_default(),
+        })
+    }
+}
+
+/// Whether a record may be part of an export of this group with these shards.
+pub(super) fn check(
+    group: GroupId,
+    family: Family,
+    key: &[u8],
+    value: &[u8],
+    shards: &ExportedShards,
+) -> Result<(), StageError> {
+    let refused = |what: String| Err(StageError::Refused(what));
+    let mut payload = unframe(Area::State, key, value).map_err(|e| StageError::Refused(e.to_string()))?;
+    let Some(key) = Key::decode(key) else {
+        return refused("a key of no kind this version knows".into());
+    };
+    let of = match key {
+        Key::Shard(shard) => {
+            if take_u64(&mut payload) != Some(group.get()) {
+                return refused(format!("{shard} is of another group"));
+            }
+            shard
+        }
+        Key::BatchFloor(shard) | Key::IdFloor(shard) => {
+            let of_batches = matches!(key, Key::BatchFloor(_));
+            let told = shards.get(&shard).map(|f| if of_batches { f.batches } else { f.ids });
+            if take_u64(&mut payload).map(Sequence::new) != told {
+                return refused(format!("a floor of {shard} is not what was told before"));
+            }
+            shard
+        }
+        Key::Producer(shard, _) | Key::Ids(shard, _) | Key::Holes(shard, _) | Key::Posting(shard, ..) => shard,
+        Key::Batch(shard, _) if family == Family::Batches => shard,
+        Key::Meta(..) if group == GroupId::META && family == Family::Index => return Ok(()),
+        Key::Batch(..)
+        | Key::Meta(..)
+        | Key::Applied(_)
+        | Key::Flush
+        | Key::Entry(..)
+        | Key::Vote(_)
+        | Key::Committed(_)
+        | Key::Purged(_)
+        | Key::First(_)
+        | Key::Quarantine(_)
+        | Key::Owner(_)
+        | Key::Retired(_)
+        | Key::BatchRecord => return refused(format!("a {} is not part of it", key.kind())),
+    };
+    let right_family = (family == Family::Batches) == matches!(key, Key::Batch(..));
+    if !right_family || !shards.contains_key(&of) {
+        return refused(format!("a {} of {of} where it does not belong", key.kind()));
+    }
+    Ok(())
+}
+
+impl StateDb {
+    /// Takes a consistent view of a group. Blocks as long as the work does; use a thread that may.
+    pub fn view_group<T>(
+        &self,
+        group: GroupId,
+        work: impl FnOnce(&GroupView<'_>) -> Result<T, StorageError>,
+    ) -> Result<T, StorageError> {
+        let result = GroupView::new(self, group).and_then(|view| work(&view));
+        self.0.shared.note(result)
+    }
+
+    /// Exports all of a group, as it is now: in chunks of whole records, of about half a mebibyte each. The sink's
+    /// false ends the export (`Ok(None)`). Blocks; use a thread that may.
+    pub fn export_group(
+        &self,
+        group: GroupId,
+        sink: impl FnMut(Bytes) -> bool,
+    ) -> Result<Option<Exported>, StorageError> {
+        self.view_group(group, |view| view.export(&[Stretch::everything()], sink))
     }
 }

@@ -43,6 +43,8 @@ pub struct Store {
     meter: Arc<SpaceMeter>,
     opts: StoreOptions,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Of a store without threads.
+    committer: OnceLock<Arc<Mutex<Committer>>>,
     upkeep: Arc<Upkeep>,
 }
 
@@ -84,7 +86,7 @@ impl Store {
         let state = open_state(&opts, &cache, &shared, &lock)?;
         check_state(&state, &opened.groups, &opts)?;
         witness.settle(opened.mark).map_err(|e| io("writing the witness", e))?;
-        identity.incarnation += 1;
+        identity.open_again(rand::random());
         identity::write_atomically(&opts.dir, IDENTITY_FILE, &identity.to_text())
             .map_err(|e| io("raising the incarnation", e))?;
 
@@ -109,6 +111,7 @@ impl Store {
             meter,
             opts,
             threads: Mutex::new(Vec::new()),
+            committer: OnceLock::new(),
             upkeep: Arc::new(Upkeep::default()),
         });
         store.start_threads(witness, opened.mark)?;
@@ -118,6 +121,11 @@ impl Store {
     fn start_threads(&self, witness: Witness, mark: Mark) -> Result<(), OpenError> {
         let committer = Committer::new(&self.log.0, witness, mark, self.opts.commit_batch_bytes_max);
         let committer = Arc::new(Mutex::new(committer));
+        if !self.opts.threads {
+            // Set once: a store is started once.
+            let _ = self.committer.set(committer);
+            return Ok(());
+        }
         if self.opts.commit_on_caller {
             // Set once: a store starts its threads once.
             let _ = self.log.0.committer.set(committer.clone());
@@ -245,6 +253,19 @@ impl Store {
             .flush_wal(true)
             .map_err(|e| self.shared.poison("syncing the log", e))?;
         flushed
+    }
+
+    /// Whether requests for the log wait to be committed.
+    pub fn has_waiting(&self) -> bool {
+        self.log.0.queue.has_work()
+    }
+
+    /// Commits what waits for the log, as one synced write, and answers it. Only does something on a store without
+    /// threads of its own (`StoreOptions::threads`).
+    pub fn commit_waiting(&self) {
+        if let Some(committer) = self.committer.get() {
+            committer.lock().commit_waiting();
+        }
     }
 
     /// Does at once what the reclaim task does every `reclaim_interval`: gives back the space of trims that are
@@ -407,6 +428,7 @@ fn create(opts: &StoreOptions, node_id: NodeId, cache: &Cache) -> Result<Identit
         cluster_id: None,
         node_id,
         incarnation: 0,
+        starts: Vec::new(),
     };
     drop(engine::open_log(&dir.join(Area::Log.as_str()), opts, cache, true).map_err(engine_error)?);
     let floors = Arc::new(DurableFloors::default());
@@ -459,6 +481,7 @@ fn open_state(
         shard_gate: RwLock::new(()),
         removed: Mutex::default(),
         exports: AtomicUsize::new(0),
+        receiving: Mutex::default(),
         _lock: lock.clone(),
     }));
     state

@@ -15,14 +15,13 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::identity::sync_dir;
+use super::slots;
 
 /// Name of the file.
 pub const WITNESS_FILE: &str = "witness";
 
 const MAGIC: &[u8; 8] = b"MSWITNES";
-const VERSION: u8 = 1;
 const SLOT_BYTES: usize = 64;
-const SLOT_STRIDE: u64 = 4096;
 
 /// A point that the log must have reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -74,36 +73,20 @@ pub struct Witness {
 
 /// One slot's bytes.
 pub fn encode_slot(store_id: u128, mark: Mark) -> [u8; SLOT_BYTES] {
-    let mut slot = [0; SLOT_BYTES];
-    slot[..8].copy_from_slice(MAGIC);
-    slot[8] = VERSION;
-    slot[16..32].copy_from_slice(&store_id.to_le_bytes());
-    slot[32..40].copy_from_slice(&mark.number.to_le_bytes());
-    slot[40..48].copy_from_slice(&mark.digest.to_le_bytes());
-    let crc = slot_crc(&slot);
-    slot[12..16].copy_from_slice(&crc.to_le_bytes());
-    slot
+    slots::encode(MAGIC, |slot| {
+        slot[16..32].copy_from_slice(&store_id.to_le_bytes());
+        slot[32..40].copy_from_slice(&mark.number.to_le_bytes());
+        slot[40..48].copy_from_slice(&mark.digest.to_le_bytes());
+    })
 }
 
-fn slot_crc(slot: &[u8; SLOT_BYTES]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&slot[..12]);
-    hasher.update(&slot[16..]);
-    hasher.finalize()
-}
-
-fn decode_slot(slot: &[u8; SLOT_BYTES]) -> Option<(u128, Mark)> {
-    let field = |at: usize| -> [u8; 8] { slot[at..at + 8].try_into().expect("eight bytes") };
-    let crc = u32::from_le_bytes(slot[12..16].try_into().expect("four bytes"));
-    if &slot[..8] != MAGIC || slot[8] != VERSION || crc != slot_crc(slot) {
-        return None;
-    }
+fn decode_slot(slot: &[u8; SLOT_BYTES]) -> (u128, Mark) {
     let store_id = u128::from_le_bytes(slot[16..32].try_into().expect("sixteen bytes"));
     let mark = Mark {
-        number: u64::from_le_bytes(field(32)),
-        digest: u64::from_le_bytes(field(40)),
+        number: slots::number(slot, 32),
+        digest: slots::number(slot, 40),
     };
-    Some((store_id, mark))
+    (store_id, mark)
 }
 
 impl Witness {
@@ -112,7 +95,7 @@ impl Witness {
         let file = File::create(dir.join(WITNESS_FILE))?;
         let slot = encode_slot(store_id, Mark::default());
         file.write_all_at(&slot, 0)?;
-        file.write_all_at(&slot, SLOT_STRIDE)?;
+        file.write_all_at(&slot, slots::STRIDE)?;
         file.sync_all()?;
         sync_dir(dir)
     }
@@ -124,15 +107,8 @@ impl Witness {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(WitnessFault::Missing),
             Err(e) => return Err(WitnessFault::Io(e.to_string())),
         };
-        let read = |at: u64| -> Result<Option<(u128, Mark)>, WitnessFault> {
-            let mut slot = [0; SLOT_BYTES];
-            match file.read_exact_at(&mut slot, at) {
-                Ok(()) => Ok(decode_slot(&slot)),
-                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
-                Err(e) => Err(WitnessFault::Io(e.to_string())),
-            }
-        };
-        let slots = [read(0)?, read(SLOT_STRIDE)?];
+        let slots = slots::read(&file, MAGIC).map_err(|e| WitnessFault::Io(e.to_string()))?;
+        let slots = slots.map(|slot| slot.as_ref().map(decode_slot));
         let (store, mark) = slots
             .iter()
             .flatten()
@@ -155,7 +131,7 @@ impl Witness {
     /// Notes a write that was synced. Not synced itself.
     pub fn note(&mut self, mark: Mark) -> std::io::Result<()> {
         let slot = encode_slot(self.store_id, mark);
-        self.file.write_all_at(&slot, self.next_slot * SLOT_STRIDE)?;
+        self.file.write_all_at(&slot, self.next_slot * slots::STRIDE)?;
         self.next_slot = 1 - self.next_slot;
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mainstem::wire::v1;
+use mainstem::wire::v1::cluster_service_client::ClusterServiceClient;
 use mainstem::wire::v1::publish_service_client::PublishServiceClient;
 use mainstem::wire::v1::read_service_client::ReadServiceClient;
 use mainstem::wire::v1::server_service_client::ServerServiceClient;
@@ -109,6 +110,16 @@ impl Api {
         ServerServiceClient::new(self.channel.clone())
     }
 
+    pub fn cluster(&self) -> ClusterServiceClient<Channel> {
+        ClusterServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_MAX)
+    }
+
+    /// How every group and shard stands.
+    pub async fn report(&self) -> Result<v1::GetReportResponse, Failure> {
+        let request = v1::GetReportRequest::default();
+        Ok(self.cluster().get_report(request).await?.into_inner())
+    }
+
     pub async fn create(&self, spec: v1::StreamSpec) -> Result<v1::Stream, Failure> {
         let request = v1::CreateStreamRequest {
             spec: Some(spec),
@@ -167,6 +178,7 @@ impl Api {
             namespace: String::new(),
             stream: stream.into(),
             by: Some(v1::get_request::By::Sequence(v1::GetBySequence { shard, sequence })),
+            ..v1::GetRequest::default()
         };
         Ok(self
             .reader()
@@ -290,7 +302,7 @@ impl Session {
             match self.next().await? {
                 Some(F::Ack(ack)) => return Ok(ack),
                 Some(F::Error(e)) => return Err(e.into()),
-                Some(F::Window(_) | F::Map(_) | F::GoAway(_) | F::Opened(_)) => {}
+                Some(F::Window(_) | F::Map(_) | F::GoAway(_) | F::Opened(_) | F::Leaders(_)) => {}
                 None => panic!("the session ended without an answer"),
             }
         }

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 /// The library as it is now, built if need be. `MAINSTEM_FAULTS_LIB` names another.
 pub fn library() -> &'static Path {
@@ -26,7 +27,15 @@ pub fn library() -> &'static Path {
 /// A line to the control socket of a server under the library (`tests/faults/src/lib.rs` lists them), and its answer.
 /// `None`: the server died before it answered.
 pub fn command(socket: &Path, line: &str) -> Option<Result<String, String>> {
-    let mut stream = UnixStream::connect(socket).ok()?;
+    // The process may have been started just now: the library listens before anything else happens in it.
+    let begun = Instant::now();
+    let mut stream = loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => break stream,
+            Err(_) if begun.elapsed() > Duration::from_secs(5) => return None,
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
     writeln!(stream, "{line}").ok()?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).ok()?;

@@ -10,7 +10,11 @@
 //! * a batch that was refused as "did not happen" or "cannot work" is not there;
 //! * the batches of one producer in one shard are in the order in which they were sent;
 //! * what a reader has ever seen at a sequence is what is there;
-//! * nothing else is there.
+//! * a batch that expected something is there only where that held;
+//! * nothing else is there;
+//! * and all of this is the same on every replica.
+//!
+//! Reads are linearizable: one that began after something was acknowledged, or read, sees it.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
@@ -36,6 +40,13 @@ enum State {
     Absent,
 }
 
+/// What a batch expected of its shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    Last(u64),
+    OfSubject { subject: String, last: u64 },
+}
+
 struct Attempt {
     stream: String,
     shard: u32,
@@ -43,6 +54,7 @@ struct Attempt {
     producer: u64,
     digests: Vec<u64>,
     state: State,
+    expect: Option<Expect>,
     /// A check has found it already.
     found: bool,
 }
@@ -54,7 +66,16 @@ struct Inner {
     producers: u64,
     /// Digest of what a reader has seen, by stream, shard and sequence.
     seen: BTreeMap<(String, u32, u64), u64>,
+    /// By stream and shard: no read that begins now may end before this tail.
+    tails: BTreeMap<(String, u32), u64>,
     wrong: Vec<String>,
+}
+
+impl Inner {
+    fn raise_tail(&mut self, stream: &str, shard: u32, tail: u64) {
+        let known = self.tails.entry((stream.into(), shard)).or_insert(1);
+        *known = tail.max(*known);
+    }
 }
 
 pub struct History {
@@ -71,6 +92,18 @@ pub struct Tally {
     /// Unknown outcomes that turned out to be stored, and not to be.
     pub unknown_there: u64,
     pub unknown_absent: u64,
+    /// Stored batches whose expectation was looked at.
+    pub expectations: u64,
+}
+
+impl Tally {
+    pub fn add(&mut self, other: &Tally) {
+        self.messages += other.messages;
+        self.acked_batches += other.acked_batches;
+        self.unknown_there += other.unknown_there;
+        self.unknown_absent += other.unknown_absent;
+        self.expectations += other.expectations;
+    }
 }
 
 const MARK: &[u8; 4] = b"mst1";
@@ -117,6 +150,7 @@ impl History {
             producer,
             digests: records.iter().map(digest).collect(),
             state: State::Open,
+            expect: None,
             found: false,
         };
         h.attempts.insert(number, attempt);
@@ -155,7 +189,9 @@ impl History {
             State::Open | State::Unknown | State::There { .. } => {}
         }
         a.state = State::There { first };
+        let stream = a.stream.clone();
         h.wrong.extend(wrong);
+        h.raise_tail(&stream, shard, last + 1);
         drop(h);
         self.acked.send_modify(|n| *n += 1);
     }
@@ -195,7 +231,57 @@ impl History {
                 );
                 h.wrong.push(text);
             }
+            h.raise_tail(stream, m.shard, m.sequence + 1);
         }
+    }
+
+    /// A batch that is about to be sent expects this.
+    pub fn expects(&self, number: u64, expect: Expect) {
+        let mut h = self.inner();
+        h.attempts.get_mut(&number).expect("was sent").expect = Some(expect);
+    }
+
+    /// An expectation was refused: this is there instead. `before` is the shard's tail as known before it was sent.
+    pub fn expectation_failed(&self, number: u64, actual: u64, before: u64) {
+        self.refused(number);
+        let mut h = self.inner();
+        let a = &h.attempts[&number];
+        let wrong = match &a.expect {
+            Some(Expect::Last(last)) if *last == actual => Some("what it expected was found, and refused".to_string()),
+            Some(Expect::Last(_)) if actual + 1 < before => Some(format!(
+                "refused because of sequence {actual}, when {} was acknowledged",
+                before - 1
+            )),
+            Some(Expect::OfSubject { last, .. }) if *last == actual => {
+                Some("what it expected of the subject was found, and refused".to_string())
+            }
+            Some(Expect::Last(_) | Expect::OfSubject { .. }) => None,
+            None => Some("refused for an expectation that it did not have".into()),
+        };
+        let wrong = wrong.map(|w| format!("{} shard {}, batch {number}: {w}", a.stream, a.shard));
+        h.wrong.extend(wrong);
+    }
+
+    /// A read of the shard that begins now must come to this tail at least.
+    pub fn tail(&self, stream: &str, shard: u32) -> u64 {
+        let h = self.inner();
+        h.tails.get(&(stream.to_string(), shard)).copied().unwrap_or(1)
+    }
+
+    /// A linearizable read, begun when `tail()` was `before`, came to `tail`.
+    pub fn read_to(&self, who: &str, stream: &str, shard: u32, before: u64, tail: u64) {
+        let mut h = self.inner();
+        if tail < before {
+            h.wrong.push(format!(
+                "{stream} shard {shard}: a read at {who} came to tail {tail}, after {before} was known: stale"
+            ));
+        }
+        h.raise_tail(stream, shard, tail);
+    }
+
+    /// What was noted as wrong so far.
+    pub fn wrong(&self) -> Vec<String> {
+        self.inner().wrong.clone()
     }
 
     /// Notes something that must not be.
@@ -321,6 +407,7 @@ impl History {
                 ));
             }
         }
+        tally.expectations = held(stream, &h, stored, &found, &mut wrong);
         if wrong.is_empty() {
             return Ok(tally);
         }
@@ -328,6 +415,73 @@ impl History {
         wrong.truncate(20);
         wrong.push(format!("… {count} in all"));
         Err(wrong)
+    }
+}
+
+/// Whether stored batches had what they expected before them. Returns how many expected something.
+fn held(
+    stream: &str,
+    h: &Inner,
+    stored: &[Read],
+    found: &BTreeMap<u64, Vec<(u32, u64)>>,
+    wrong: &mut Vec<String>,
+) -> u64 {
+    let mut looked_at = 0;
+    let mut of: BTreeMap<(u32, &str), Vec<u64>> = BTreeMap::new();
+    for m in stored {
+        of.entry((m.shard, &m.record.subject)).or_default().push(m.sequence);
+    }
+    for (number, records) in found {
+        let a = &h.attempts[number];
+        let (Some(expect), Some((_, first))) = (&a.expect, records.first()) else {
+            continue;
+        };
+        looked_at += 1;
+        let (expected, actual) = match expect {
+            Expect::Last(last) => (*last, first - 1),
+            Expect::OfSubject { subject, last } => {
+                let all = of
+                    .get(&(a.shard, subject.as_str()))
+                    .map(Vec::as_slice)
+                    .unwrap_or_default();
+                (
+                    *last,
+                    all[..all.partition_point(|s| s < first)].last().copied().unwrap_or(0),
+                )
+            }
+        };
+        if expected != actual {
+            wrong.push(format!(
+                "{stream} shard {}, batch {number}: stored at {first} though it expected {expect:?}: {actual} was there",
+                a.shard
+            ));
+        }
+    }
+    looked_at
+}
+
+/// Two copies of a stream must be the same, message by message.
+pub fn same(stream: &str, (one, a): (&str, &[Read]), (other, b): (&str, &[Read])) -> Result<(), String> {
+    if a.len() != b.len() {
+        return Err(format!(
+            "{stream}: {} messages at {one}, {} at {other}",
+            a.len(),
+            b.len()
+        ));
+    }
+    match a.iter().zip(b).find(|(x, y)| x != y) {
+        None => Ok(()),
+        Some((x, y)) => Err(format!(
+            "{stream}: {one} has shard {} sequence {} ({:016x}, {} µs), {other} has shard {} sequence {} ({:016x}, {} µs)",
+            x.shard,
+            x.sequence,
+            digest(&x.record),
+            x.append_time_us,
+            y.shard,
+            y.sequence,
+            digest(&y.record),
+            y.append_time_us,
+        )),
     }
 }
 

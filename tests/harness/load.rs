@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mainstem::wire::v1;
 use rand::rngs::StdRng;
@@ -11,14 +12,33 @@ use tokio_util::sync::CancellationToken;
 use v1::publish_session_response::Frame;
 
 use super::api::{Api, Event, Failure};
-use super::batch::{self, Codec, Record};
+use super::batch::{self, Record};
+pub use super::messages::Shape;
+use super::messages::{message_of, random_codec, random_records, subjects};
 use super::{History, PATIENCE};
 
-/// How large the load's messages are.
+/// How a load behaves towards the server.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub records_max: u32,
-    pub payload_max: u32,
+pub struct Manner {
+    /// Batches that may be unanswered.
+    pub window: usize,
+    /// Between two batches.
+    pub pace: Duration,
+    /// A server that says nothing for so long is given up.
+    pub patience: Duration,
+    /// There are other nodes, which send again among themselves.
+    pub cluster: bool,
+}
+
+impl Default for Manner {
+    fn default() -> Self {
+        Self {
+            window: 64,
+            pace: Duration::ZERO,
+            patience: PATIENCE,
+            cluster: false,
+        }
+    }
 }
 
 impl Default for Shape {
@@ -27,59 +47,6 @@ impl Default for Shape {
             records_max: 20,
             payload_max: 600,
         }
-    }
-}
-
-/// Subjects of a stream, one or more for each of its shards.
-fn subjects(stream: &v1::Stream) -> Vec<Vec<String>> {
-    let name = &stream.spec.as_ref().unwrap().name;
-    let map = stream.map.as_ref().expect("an active stream has a map");
-    let mut of = vec![Vec::new(); stream.spec.as_ref().unwrap().shards.max(1) as usize];
-    for i in 0u32.. {
-        let subject = format!("{name}.{i}");
-        let slot = (xxhash_rust::xxh3::xxh3_64(subject.as_bytes()) % 4096) as u32;
-        let range = map
-            .ranges
-            .iter()
-            .find(|r| (r.first..=r.last).contains(&slot))
-            .expect("the map covers all slots");
-        of[range.shard as usize].push(subject);
-        if of.iter().all(|s| s.len() >= 3) {
-            return of;
-        }
-    }
-    unreachable!()
-}
-
-fn random_records(rng: &mut StdRng, subjects: &[String], shape: Shape) -> Vec<Record> {
-    let n = rng.random_range(1..=shape.records_max);
-    (0..n)
-        .map(|_| {
-            let subject = &subjects[rng.random_range(0..subjects.len())];
-            let size = if rng.random_bool(0.8) {
-                shape.payload_max / 4
-            } else {
-                shape.payload_max
-            };
-            let mut payload = vec![0; rng.random_range(0..=size) as usize];
-            rng.fill(payload.as_mut_slice());
-            let mut record = Record::new(subject, payload);
-            if rng.random_bool(0.2) {
-                record.headers.push(("h".into(), b"value".to_vec()));
-            }
-            if rng.random_bool(0.1) {
-                record.event_time_us = Some(rng.random());
-            }
-            record
-        })
-        .collect()
-}
-
-fn random_codec(rng: &mut StdRng) -> Codec {
-    match rng.random_range(0..4) {
-        0 => Codec::Lz4,
-        1 => Codec::Zstd,
-        _ => Codec::None,
     }
 }
 
@@ -98,15 +65,23 @@ pub struct Producer {
     subjects: Vec<Vec<String>>,
     rng: StdRng,
     shape: Shape,
+    pub manner: Manner,
     /// After a break it goes on under its producer id and sends again what has no answer; otherwise it begins anew.
     resumes: bool,
     id: Option<u64>,
     line: u64,
     next: Vec<u64>,
+    /// The last number that was acknowledged.
+    done: Vec<u64>,
     waiting: Vec<VecDeque<Sent>>,
 }
 
 impl Producer {
+    /// In a cluster, at the end of everything: what has no answer will never have one.
+    pub fn give_up(&mut self) {
+        self.begin_anew();
+    }
+
     pub fn new(history: Arc<History>, stream: &v1::Stream, seed: u64, resumes: bool, shape: Shape) -> Self {
         let subjects = subjects(stream);
         let shards = subjects.len();
@@ -117,9 +92,11 @@ impl Producer {
             subjects,
             rng: StdRng::seed_from_u64(seed),
             shape,
+            manner: Manner::default(),
             resumes,
             id: None,
             next: vec![1; shards],
+            done: vec![0; shards],
             waiting: (0..shards).map(|_| VecDeque::new()).collect(),
         }
     }
@@ -128,9 +105,9 @@ impl Producer {
     /// Returns whether the server said `go_away` before the end.
     pub async fn run(&mut self, addr: &str, stop: CancellationToken) -> (bool, Result<(), Failure>) {
         let mut away = false;
-        let result = match Api::connect(addr).await {
-            Ok(api) => self.session(&api, &stop, &mut away).await,
-            Err(_) => Ok(()),
+        let result = match tokio::time::timeout(self.manner.patience, Api::connect(addr)).await {
+            Ok(Ok(api)) => self.session(&api, &stop, &mut away).await,
+            Ok(Err(_)) | Err(_) => Ok(()),
         };
         if !self.resumes {
             self.begin_anew();
@@ -145,6 +122,7 @@ impl Producer {
         self.id = None;
         self.line = self.history.producer();
         self.next.fill(1);
+        self.done.fill(0);
     }
 
     async fn session(&mut self, api: &Api, stop: &CancellationToken, away: &mut bool) -> Result<(), Failure> {
@@ -153,14 +131,16 @@ impl Producer {
             producer_id: self.id,
             ..Default::default()
         };
-        let mut session = api.session(open).await?;
+        let Ok(opened) = tokio::time::timeout(self.manner.patience, api.session(open)).await else {
+            return Ok(());
+        };
+        let mut session = opened?;
+        if self.id.is_some() {
+            self.is_remembered(&session.opened);
+        }
         self.id = Some(session.opened.producer_id);
-        let window = session
-            .opened
-            .window
-            .expect("the window is advertised")
-            .batches
-            .clamp(1, 64) as usize;
+        let window = session.opened.window.expect("the window is advertised").batches as usize;
+        let window = window.clamp(1, self.manner.window);
         let epoch = session.map_epoch();
         for (shard, waiting) in self.waiting.iter_mut().enumerate() {
             for sent in waiting.iter_mut() {
@@ -200,6 +180,9 @@ impl Producer {
                 if !session.send(frame).await {
                     sending = false;
                 }
+                if !self.manner.pace.is_zero() {
+                    tokio::time::sleep(self.manner.pace).await;
+                }
                 // Take what has come without waiting for it, so that the window fills.
                 if due + 1 < window && self.rng.random_bool(0.7) {
                     continue;
@@ -208,13 +191,27 @@ impl Producer {
             let frame = tokio::select! {
                 frame = session.next() => frame?,
                 () = stop.cancelled(), if sending => { sending = false; continue }
+                () = tokio::time::sleep(self.manner.patience) => return Ok(()),
             };
             match frame {
                 None => return Ok(()),
                 Some(Frame::Ack(ack)) => self.take(ack),
                 Some(Frame::Error(e)) => return self.refused(e, &mut session).await,
                 Some(Frame::GoAway(_)) => *away = true,
-                Some(Frame::Window(_) | Frame::Map(_) | Frame::Opened(_)) => {}
+                Some(Frame::Window(_) | Frame::Map(_) | Frame::Opened(_) | Frame::Leaders(_)) => {}
+            }
+        }
+    }
+
+    /// Whoever resumes is told of what was acknowledged to it.
+    fn is_remembered(&self, opened: &v1::PublishOpened) {
+        for (shard, done) in (0..).zip(&self.done) {
+            let told = opened.last_producer_sequence.get(&shard).copied().unwrap_or(0);
+            if told < *done {
+                self.history.violated(format!(
+                    "{} shard {shard}: producer {:?} had {done} acknowledged, and is told {told}",
+                    self.stream, self.id
+                ));
             }
         }
     }
@@ -227,7 +224,8 @@ impl Producer {
             self.history
                 .violated(format!("an ack out of order: {ack:?} instead of {}", sent.sequence));
         }
-        if ack.duplicate && !sent.again {
+        self.done[ack.shard as usize] = sent.sequence;
+        if ack.duplicate && !sent.again && !self.manner.cluster {
             self.history
                 .violated(format!("sent once and called a duplicate: {ack:?}"));
         }
@@ -248,8 +246,14 @@ impl Producer {
     }
 
     /// A batch was refused: those behind it have no place any more. Their answers are taken, then all begins anew.
+    ///
+    /// One that resumes, in a cluster, sends it again instead, under the same number, if that can help.
     async fn refused(&mut self, first: v1::BatchError, session: &mut super::api::Session) -> Result<(), Failure> {
         let failure = Failure::from(first.clone());
+        let forgotten = ["UNKNOWN_PRODUCER", "ANSWER_FORGOTTEN"].contains(&failure.reason.as_str());
+        if self.resumes && self.manner.cluster && failure.retry != "cannot_work" && !forgotten {
+            return Err(failure);
+        }
         let mut next = Some(first);
         while let Some(e) = next.take() {
             let waiting = &mut self.waiting[e.shard as usize];
@@ -261,10 +265,12 @@ impl Producer {
                 }
             }
             while self.waiting.iter().any(|w| !w.is_empty()) {
-                match tokio::time::timeout(PATIENCE, session.next())
-                    .await
-                    .expect("every batch is answered")
-                {
+                let answer = tokio::time::timeout(self.manner.patience, session.next()).await;
+                let answer = match answer {
+                    Err(_) if self.manner.cluster => break,
+                    answer => answer.expect("every batch is answered"),
+                };
+                match answer {
                     Ok(Some(Frame::Ack(ack))) => self.take(ack),
                     Ok(Some(Frame::Error(e))) => {
                         next = Some(e);
@@ -297,6 +303,7 @@ pub struct Unary {
     subjects: Vec<Vec<String>>,
     rng: StdRng,
     shape: Shape,
+    pub manner: Manner,
     waiting: Option<(u64, u32, v1::Message)>,
 }
 
@@ -308,26 +315,41 @@ impl Unary {
             subjects: subjects(stream),
             rng: StdRng::seed_from_u64(seed),
             shape,
+            manner: Manner::default(),
             waiting: None,
         }
     }
 
     pub async fn run(&mut self, addr: &str, stop: CancellationToken) -> Result<(), Failure> {
-        let Ok(api) = Api::connect(addr).await else {
+        let Ok(Ok(api)) = tokio::time::timeout(self.manner.patience, Api::connect(addr)).await else {
             return Ok(());
         };
         while !stop.is_cancelled() {
             let (number, shard, message) = self.waiting.take().unwrap_or_else(|| self.make());
             self.waiting = Some((number, shard, message.clone()));
-            let answer = api.publish(&self.stream, vec![message]).await?;
+            let asked = api.publish(&self.stream, vec![message]);
+            let Ok(answer) = tokio::time::timeout(self.manner.patience, asked).await else {
+                return Ok(());
+            };
+            let answer = answer?;
             let ack = &answer.acks[0];
             if ack.sequence == 0 {
                 self.history.violated(format!("a duplicate that is nowhere: {ack:?}"));
             }
             self.history.acked(number, ack.shard, ack.sequence, ack.sequence);
             self.waiting = None;
+            if !self.manner.pace.is_zero() {
+                tokio::time::sleep(self.manner.pace).await;
+            }
         }
         Ok(())
+    }
+
+    /// What is not answered will never be.
+    pub fn give_up(&mut self) {
+        if let Some((number, _, _)) = self.waiting.take() {
+            self.history.gave_up(number);
+        }
     }
 
     fn make(&mut self) -> (u64, u32, v1::Message) {
@@ -338,22 +360,7 @@ impl Unary {
         records[0].message_id = Some(id.clone());
         let number = self.history.sending(&self.stream, shard as u32, 0, &mut records);
         let r = &records[0];
-        let message = v1::Message {
-            subject: r.subject.clone(),
-            payload: r.payload.clone().into(),
-            headers: r
-                .headers
-                .iter()
-                .map(|(n, v)| v1::Header {
-                    name: n.clone(),
-                    value: v.clone().into(),
-                })
-                .collect(),
-            key: None,
-            message_id: Some(id),
-            event_time_us: r.event_time_us,
-        };
-        (number, shard as u32, message)
+        (number, shard as u32, message_of(r))
     }
 }
 

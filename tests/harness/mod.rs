@@ -6,13 +6,18 @@
 pub mod api;
 pub mod batch;
 pub mod cluster;
+pub mod crowd;
+pub mod damage;
 pub mod faults;
 pub mod history;
 pub mod load;
+pub mod messages;
+pub mod net;
 pub mod node;
 
 pub use api::{Api, Failure};
 pub use cluster::Cluster;
+pub use crowd::Crowd;
 pub use history::History;
 pub use load::{Load, Producer, Unary};
 pub use node::{Node, Options};

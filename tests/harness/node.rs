@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -23,6 +25,8 @@ pub struct Options {
     /// More flags of `mainstem server`.
     pub flags: Vec<String>,
     pub env: Vec<(String, String)>,
+    /// The network namespace to run in.
+    pub namespace: Option<String>,
 }
 
 impl Options {
@@ -66,6 +70,13 @@ pub struct Node {
     data: PathBuf,
     /// Of a node with peers: where it listens for them. Once known, it stays.
     peer: Option<String>,
+    /// Where it listens for clients, if that is to stay.
+    client: Option<String>,
+    /// The process; 0: none. Shared with who has to know.
+    pid: Arc<AtomicU32>,
+    paused: AtomicBool,
+    /// It is never started again.
+    retired: bool,
     child: Option<Child>,
     lives: u32,
     ports: Option<Ports>,
@@ -98,6 +109,10 @@ impl Node {
             place,
             data,
             peer: None,
+            client: None,
+            pid: Arc::default(),
+            paused: AtomicBool::new(false),
+            retired: false,
             child: None,
             lives: 0,
             ports: None,
@@ -137,17 +152,22 @@ impl Node {
         let _ = std::fs::remove_file(self.ports_file());
         self.ports = None;
         let log = File::create(self.log_file()).unwrap();
-        let mut c = Command::new(env!("CARGO_BIN_EXE_mainstem"));
+        // `MAINSTEM_BIN` names another one.
+        let program = std::env::var_os("MAINSTEM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_mainstem").into());
+        let mut c = match &self.options.namespace {
+            None => Command::new(program),
+            Some(namespace) => {
+                // It becomes the program: the process stays the same.
+                let mut c = Command::new("ip");
+                c.args(["netns", "exec", namespace]).arg(program);
+                c
+            }
+        };
         c.arg("server")
             .arg("--data-dir")
             .arg(&self.data)
-            .args([
-                "--listen",
-                "127.0.0.1:0",
-                "--monitor-listen",
-                "127.0.0.1:0",
-                "--ports-file",
-            ])
+            .args(["--listen", self.client.as_deref().unwrap_or("127.0.0.1:0")])
+            .args(["--monitor-listen", "127.0.0.1:0", "--ports-file"])
             .arg(self.ports_file())
             .args(self.peer.iter().flat_map(|peer| ["--peer-listen", peer]))
             .args(&self.options.flags)
@@ -164,7 +184,10 @@ impl Node {
                 .env("MAINSTEM_FAULTS_POWER", if self.options.power { "1" } else { "0" })
                 .env("MAINSTEM_FAULTS_RUN", self.options.run.join(";"));
         }
-        self.child = Some(c.spawn().unwrap());
+        let child = c.spawn().unwrap();
+        self.pid.store(child.id(), Ordering::Release);
+        self.child = Some(child);
+        self.paused.store(false, Ordering::Relaxed);
     }
 
     /// Waits until the node serves. Panics, with the log, if it ends or takes too long.
@@ -197,7 +220,7 @@ impl Node {
                 return Ok(());
             }
             if let Some(status) = self.child.as_mut().expect("launched").try_wait().unwrap() {
-                self.child = None;
+                self.gone();
                 return Err(status);
             }
             assert!(
@@ -216,12 +239,30 @@ impl Node {
         self.ready().await;
     }
 
+    fn gone(&mut self) {
+        self.child = None;
+        self.pid.store(0, Ordering::Release);
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("runs").id()
     }
 
+    /// Holds the process's number while there is one, 0 otherwise.
+    pub fn pid_cell(&self) -> Arc<AtomicU32> {
+        self.pid.clone()
+    }
+
+    /// Gives it an address for clients that stays over restarts.
+    pub fn set_client_listen(&mut self, address: &str) {
+        self.client = Some(address.into());
+    }
+
     pub fn client_addr(&self) -> String {
-        self.ports.as_ref().expect("ready").client.clone()
+        match (&self.client, &self.ports) {
+            (Some(fixed), _) => fixed.clone(),
+            (None, ports) => ports.as_ref().expect("ready").client.clone(),
+        }
     }
 
     /// Gives it a listener for peers from the next start on.
@@ -272,10 +313,16 @@ impl Node {
 
     pub fn pause(&self) {
         self.signal(libc::SIGSTOP);
+        self.paused.store(true, Ordering::Relaxed);
     }
 
     pub fn resume(&self) {
         self.signal(libc::SIGCONT);
+        self.paused.store(false, Ordering::Relaxed);
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
     }
 
     /// Waits for the end of the process.
@@ -283,12 +330,47 @@ impl Node {
         let start = Instant::now();
         loop {
             if let Some(status) = self.child.as_mut().expect("runs").try_wait().unwrap() {
-                self.child = None;
+                self.gone();
                 return status;
             }
             assert!(start.elapsed() < PATIENCE, "{} does not end\n{}", self.name, self.log());
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
+    }
+
+    /// How it ended, if it did so by itself since it was started.
+    pub async fn ended(&mut self) -> Option<ExitStatus> {
+        match self.was_launched() && !self.runs() {
+            true => Some(self.wait_exit().await),
+            false => None,
+        }
+    }
+
+    /// It is never started again.
+    pub fn retire(&mut self) {
+        assert!(!self.runs(), "{} runs", self.name);
+        self.retired = true;
+    }
+
+    pub fn is_retired(&self) -> bool {
+        self.retired
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The last error in this life's log.
+    pub fn last_words(&self) -> String {
+        let text = std::fs::read(self.log_file()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let error = text.lines().rfind(|line| line.contains("ERROR"));
+        error.or(text.lines().last()).unwrap_or_default().to_string()
+    }
+
+    /// Whether it was started and nobody has waited for its end.
+    pub fn was_launched(&self) -> bool {
+        self.child.is_some()
     }
 
     /// Whether the process runs (as far as is known without waiting).
@@ -310,8 +392,22 @@ impl Node {
 
     /// The power fails now; unsynced writes are lost as the seed says.
     pub async fn power_fail(&mut self, seed: u64) {
+        self.power_off(seed);
+        self.powered_off().await;
+    }
+
+    /// Lets the power fail and does not wait for the end: for several at once. A paused node goes with the others.
+    pub fn power_off(&mut self, seed: u64) {
+        let socket = self.socket();
         // No answer is the answer.
-        let _ = faults::command(&self.socket(), &format!("power-fail {seed}"));
+        std::thread::spawn(move || faults::command(&socket, &format!("power-fail {seed}")));
+        if self.is_paused() {
+            self.resume();
+        }
+    }
+
+    /// Waits for the end after a power failure.
+    pub async fn powered_off(&mut self) {
         let status = self.wait_exit().await;
         assert_eq!(status.signal(), Some(libc::SIGKILL), "{status}\n{}", self.log());
     }

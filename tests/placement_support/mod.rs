@@ -311,10 +311,13 @@ impl World {
                 }));
             }
             step => {
-                if let Step::ChangeReplicas { group, remove, .. } = step {
+                if let Step::ChangeReplicas { group, add, remove, .. } = step {
                     self.count(format!("change {group}"));
-                    let leader = self.rafts.get(group).and_then(|raft| raft.leader);
-                    if remove.iter().any(|id| Some(id.get()) == leader) {
+                    let raft = self.rafts.get(group);
+                    let leader = raft.and_then(|raft| raft.leader);
+                    // The only voter is replaced by the change itself.
+                    let alone = raft.is_some_and(|raft| raft.voters.len() == 1) && !add.is_empty();
+                    if !alone && remove.iter().any(|id| Some(id.get()) == leader) {
                         return Err(format!("{action}: that is its leader"));
                     }
                 }
@@ -431,10 +434,11 @@ impl World {
         }
         // One that was elected after the change was planned hands over by itself.
         if raft.leader.is_some_and(|leader| change.remove.contains(&leader)) {
+            let alone = raft.voters.len() == 1;
             let heir = after
                 .iter()
                 .copied()
-                .find(|id| self.runs(group, *id) && raft.voters.contains(id));
+                .find(|id| self.runs(group, *id) && (alone || raft.voters.contains(id)));
             let Some(heir) = heir else { return Ok(()) };
             self.rafts.get_mut(&id).unwrap().leader = Some(heir);
         }

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use super::lab::*;
-use super::proxy::Proxy;
+use super::net::Proxy;
 
 /// Answers with what came, when it may; remembers the order in which calls were entered.
 struct Echo {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use mainstem::raft::{GroupEvent, RaftTimings};
 
 use super::lab::*;
+use super::net::Proxy;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_replicas_apply_the_same_and_outlive_their_leader() {
@@ -116,5 +117,43 @@ async fn a_dead_leader_is_replaced_soon() {
     taken.sort();
     println!("from a leader's death to the next acknowledged publish: {taken:?}");
     assert!(taken[2] < Duration::from_secs(20), "{taken:?}");
+    lab.end().await;
+}
+
+/// A follower that finds its leader's address dead gives up the leader's lease and asks for votes. While the others hear
+/// the leader nobody votes for it, and nothing changes.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_broken_link_deposes_nobody() {
+    let mut lab = Lab::new(3, Settings::default()).await;
+    lab.found(GROUP, 3).await;
+    lab.publish(GROUP, 0..5, 100).await;
+    let leader = lab.leader(GROUP).await;
+    let follower = (leader + 1) % 3;
+    let proxy = Proxy::new(lab.node(leader).address.clone()).await;
+    let to = lab.node(leader).id;
+    let before = lab.node(leader).group(GROUP).status();
+    lab.node(follower).map.set_node(to, proxy.address.clone());
+    let link = |lab: &Lab| lab.node(follower).peers.links().into_iter().find(|l| l.node == to);
+    until("the follower reaches its leader through the proxy", || {
+        proxy.connections.load(std::sync::atomic::Ordering::Relaxed) > 0 && link(&lab).is_some_and(|link| link.up)
+    })
+    .await;
+    proxy.go();
+    until("the follower finds nobody there", || {
+        link(&lab).is_some_and(|link| link.reason.is_some_and(|reason| reason.contains("refused")))
+    })
+    .await;
+    // Longer than the follower tries.
+    let begun = Instant::now();
+    let mut next = 5;
+    while begun.elapsed() < Duration::from_secs(2) {
+        lab.publish(GROUP, next..next + 1, 100).await;
+        next += 1;
+    }
+    for node in lab.running() {
+        let now = node.group(GROUP).status();
+        assert_eq!((now.term, now.leader), (before.term, before.leader), "node {}", node.id);
+    }
+    lab.converge(GROUP).await;
     lab.end().await;
 }

@@ -97,6 +97,7 @@ impl Node {
             node: NodeId::new(node),
             store_id: store.identity().store_id,
             incarnation: store.identity().incarnation,
+            starts: store.identity().starts,
         };
         let mut config = PeerConfig::new(identity, "a secret of the lab");
         (settings.tune)(&mut config);
@@ -165,7 +166,7 @@ impl Node {
                 out.extend_from_slice(&chunk);
                 true
             };
-            state.export_group(group, |_| (), move || Some(sink)).unwrap();
+            state.export_group(group, sink).unwrap();
             out
         })
         .await
@@ -380,7 +381,7 @@ pub const fn SHARD_OF(group: GroupId) -> ShardId {
     ShardId::new(group.get() * 10 + 3)
 }
 
-fn command(op: pb::group_command::Op) -> Bytes {
+pub fn command(op: pb::group_command::Op) -> Bytes {
     pb::GroupCommand {
         feature_level: FEATURE_LEVEL,
         op: Some(op),

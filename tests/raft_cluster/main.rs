@@ -6,7 +6,11 @@ mod failover;
 mod lab;
 mod many;
 mod members;
+mod moves;
+#[allow(dead_code)]
+#[path = "../harness/net.rs"]
+mod net;
 mod peers;
-mod proxy;
+mod rebuild;
 mod relay;
 mod snapshots;

@@ -7,7 +7,7 @@ use mainstem::raft::LogKeep;
 use mainstem::raft::transport::PeerConfig;
 
 use super::lab::*;
-use super::proxy::Proxy;
+use super::net::Proxy;
 
 const REQUESTS_BYTES: usize = 4 << 20;
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use mainstem::base::{Alarms, ByteBudget, Clock, RetryClass, Tasks};
 use mainstem::broker::error::{PublishError, ReadError};
 use mainstem::broker::ingest::{Item, Outcome, ReplyTo};
-use mainstem::broker::lookup::Start;
+use mainstem::broker::lookup::{Consistency, Start};
 use mainstem::broker::reader::Step;
 use mainstem::broker::{Broker, ShardAccess};
 use mainstem::control::view::{StreamView, View};
@@ -251,20 +251,22 @@ async fn every_node_publishes_and_sees_at_once_what_was_acknowledged_elsewhere()
         // Acknowledged here, seen there: by sequence, as the last of its subject, and as the first of its time.
         let reader = planes_ref[(n as usize + 1 + n as usize / 4) % planes_ref.len()];
         let stream = reader.stream();
-        let found = steady(|| reader.broker.get_by_sequence(&stream, 0, sequence))
+        let access = reader.broker.shard(&stream, 0).unwrap();
+        let now = Consistency::Linearizable;
+        let found = steady(|| reader.broker.get_by_sequence(&access, sequence, now))
             .await
             .unwrap();
         assert_eq!(found.record.payload, text(n));
         let subject = ["a.b", "a.c", "d"][(n % 3) as usize];
-        let newest = steady(|| reader.broker.get_last_by_subject(&stream, subject))
+        let newest = steady(|| reader.broker.get_last_by_subject(&stream, &access, subject, now))
             .await
             .unwrap();
         assert_eq!((newest.sequence, newest.record.payload), (sequence, text(n).into()));
-        let timed = steady(|| reader.broker.get_first_at(&stream, 0, found.append_time))
+        let timed = steady(|| reader.broker.get_first_at(&stream, &access, found.append_time, now))
             .await
             .unwrap();
         assert!(timed.sequence <= sequence);
-        let beyond = steady(|| reader.broker.get_by_sequence(&stream, 0, sequence.plus(1))).await;
+        let beyond = steady(|| reader.broker.get_by_sequence(&access, sequence.plus(1), now)).await;
         assert_eq!(beyond.unwrap_err().reason(), "NOT_RETAINED");
     }
     assert_eq!(last, 24);
@@ -419,8 +421,11 @@ async fn without_a_quorum_a_publish_is_refused_as_not_processed_at_every_node() 
             }
             assert!(begun.elapsed() < PATIENCE, "{error}");
         }
-        let stream = plane.stream();
-        let read = plane.broker.get_by_sequence(&stream, 0, Sequence::FIRST).await;
+        let access = plane.broker.shard(&plane.stream(), 0).unwrap();
+        let read = plane
+            .broker
+            .get_by_sequence(&access, Sequence::FIRST, Consistency::Linearizable)
+            .await;
         assert_eq!(read.unwrap_err().retry_class(), RetryClass::DidNotHappen);
     }
     // One comes back, and everything goes on.

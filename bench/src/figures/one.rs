@@ -8,9 +8,12 @@ use crate::mainstem::Mainstem;
 use crate::nats::{Nats, missing};
 use crate::report::{Against, Bar, Row, Rows, number};
 
-/// Two rows: the median, with a bar, and the 99th percentile, told.
-pub async fn one_at_a_time(lab: &Lab, name: &str) -> Result<Vec<Row>> {
-    let load = PublishLoad::new(lab, 128, 1);
+/// Two rows: the median, with a bar (at most so many times nats-server's), and the 99th percentile, told.
+pub async fn one_at_a_time(lab: &Lab, name: &str, replicas: u32, stretch: f64) -> Result<Vec<Row>> {
+    let load = PublishLoad {
+        replicas,
+        ..PublishLoad::new(lab, 128, 1)
+    };
     let nats = Nats::new(true);
     let nats_missing = missing(lab, true);
     // [own, its]; of each the medians and the 99th percentiles, in milliseconds.
@@ -59,7 +62,7 @@ pub async fn one_at_a_time(lab: &Lab, name: &str) -> Result<Vec<Row>> {
         &p50[0],
         against(&p50[1]),
         Some(Bar::RatioAtMost(1.0)),
-        Some(Bar::RatioAtMost(0.7)),
+        Some(Bar::RatioAtMost(stretch)),
     );
     if let Some(why) = nats_missing {
         rows.note(why);

@@ -32,6 +32,31 @@ pub async fn kibibyte(lab: &Lab, name: &str) -> Result<Vec<Row>> {
     against_rivals(lab, name, &load, &rivals).await
 }
 
+/// Random messages of 128 bytes on three replicas.
+pub async fn replicated_small(lab: &Lab, name: &str) -> Result<Vec<Row>> {
+    let load = replicated(PublishLoad::new(lab, 128, 1));
+    let rivals = [
+        Rival::nats(lab, false, Some(Bar::RatioAtLeast(3.0)), Some(Bar::RatioAtLeast(5.0))),
+        Rival::limit(Bar::RatioAtLeast(0.35), Some(Bar::RatioAtLeast(0.5))),
+    ];
+    against_rivals(lab, name, &load, &rivals).await
+}
+
+/// Random messages of 1 KiB on three replicas.
+pub async fn replicated_kibibyte(lab: &Lab, name: &str) -> Result<Vec<Row>> {
+    let load = replicated(PublishLoad::new(lab, 1_024, 1));
+    let rivals = [
+        Rival::nats(lab, true, Some(Bar::RatioAtLeast(2.0)), None),
+        Rival::limit(Bar::RatioAtLeast(0.5), None),
+        Rival::nats(lab, false, None, Some(Bar::RatioAtLeast(1.5))),
+    ];
+    against_rivals(lab, name, &load, &rivals).await
+}
+
+fn replicated(load: PublishLoad) -> PublishLoad {
+    PublishLoad { replicas: 3, ..load }
+}
+
 /// Whom Mainstem is compared with, and what the comparison must show.
 struct Rival {
     contestant: Box<dyn Publishes>,

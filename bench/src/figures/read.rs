@@ -30,7 +30,7 @@ pub async fn from_the_beginning(lab: &Lab, name: &str) -> Result<Vec<Row>> {
     let mut nats = None;
     let mut pull = false;
     if nats_part {
-        let started = NatsServer::start(lab, false).await?;
+        let mut started = NatsServer::start(lab, false, 1).await?;
         started.fill(&payloads, messages).await?;
         let pushed = started.read(&payloads, messages, false).await?;
         let pulled = started.read(&payloads, messages, true).await?;

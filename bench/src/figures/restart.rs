@@ -23,9 +23,9 @@ pub async fn with_data(lab: &Lab, name: &str) -> Result<Vec<Row>> {
 
     let (mut ready, mut acked) = (Vec::new(), Vec::new());
     for round in 0..lab.rounds {
-        server.kill()?;
+        server.kill(0)?;
         let begin = Instant::now();
-        let until_ready = server.restart().await?;
+        let until_ready = server.restart(0).await?;
         server.publish_one(STREAM).await?;
         let until_acked = begin.elapsed();
         messages += 1;

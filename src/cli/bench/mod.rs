@@ -108,14 +108,6 @@ struct Load {
 }
 
 impl Load {
-    /// The subjects of the messages, in turn.
-    fn subjects(&self, stream: &str) -> Vec<String> {
-        match self.subjects {
-            1 => vec![stream.to_owned()],
-            n => (0..n).map(|i| format!("{stream}.{i}")).collect(),
-        }
-    }
-
     fn content(&self) -> Arc<Content> {
         Arc::new(Content::new(self.size as usize))
     }
@@ -141,6 +133,8 @@ impl Load {
 struct Stage {
     client: Client,
     name: String,
+    /// Of the messages, in turn.
+    subjects: Vec<String>,
     temporary: bool,
 }
 
@@ -152,22 +146,30 @@ impl Stage {
             Some(name) => name.clone(),
             None => format!("bench-{:08x}", rand::random::<u32>()),
         };
-        let there = match client.get_stream(&name).await {
-            Ok(_) => true,
-            Err(e) if e.is_not_found() => false,
+        let stream = match client.get_stream(&name).await {
+            Ok(stream) => stream,
+            Err(e) if e.is_not_found() => {
+                let spec = StreamSpec {
+                    name: name.clone(),
+                    shards: load.shards,
+                    ..StreamSpec::default()
+                };
+                client.create_stream(spec).await?.0
+            }
             Err(e) => return Err(e.into()),
         };
-        if !there {
-            let spec = StreamSpec {
-                name: name.clone(),
-                shards: load.shards,
-                ..StreamSpec::default()
-            };
-            client.create_stream(spec).await?;
-        }
+        let taken = stream.spec.unwrap_or_default().subjects;
+        let subjects = subjects(&taken, load.subjects).ok_or_else(|| {
+            Failure::usage(format!(
+                "--subjects {}: stream {name} takes no so many: {}",
+                load.subjects,
+                taken.join(", ")
+            ))
+        })?;
         Ok(Stage {
             client,
             name,
+            subjects,
             temporary,
         })
     }
@@ -178,6 +180,27 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// So many subjects that a stream with these filters takes; `None`: it does not take so many.
+fn subjects(filters: &[String], count: u64) -> Option<Vec<String>> {
+    let is_wild = |token: &str| token == "*" || token == ">";
+    let wild = filters.iter().find(|filter| filter.split('.').any(is_wild));
+    let literal = || filters.iter().filter(|filter| !filter.split('.').any(is_wild));
+    if literal().count() as u64 >= count {
+        return Some(literal().take(usize::try_from(count).ok()?).cloned().collect());
+    }
+    let tokens: Vec<&str> = wild?.split('.').collect();
+    let last = tokens.iter().rposition(|token| is_wild(token))?;
+    let subject = |number: u64| {
+        let told = tokens.iter().enumerate().map(|(i, token)| match *token {
+            _ if i == last => number.to_string(),
+            "*" => "bench".to_owned(),
+            token => token.to_owned(),
+        });
+        told.collect::<Vec<_>>().join(".")
+    };
+    Some((0..count).map(subject).collect())
 }
 
 impl BenchArgs {
@@ -220,7 +243,7 @@ async fn measure(command: &BenchCommand, load: &Load, stage: &Stage) -> Result<R
     match command {
         BenchCommand::Pub(_) => {
             let bar = load.bar(Some(load.count)).with_prefix("pub");
-            let published = publish::run(load, &stage.client, &stage.name, &content, &bar).await?;
+            let published = publish::run(load, &stage.client, &stage.name, &stage.subjects, &content, &bar).await?;
             bar.finish_and_clear();
             // What was acknowledged must be there: looked at after the clock has stopped.
             let verified = if load.no_verify || !stage.temporary {
@@ -246,7 +269,7 @@ async fn measure(command: &BenchCommand, load: &Load, stage: &Stage) -> Result<R
                     sync: false,
                     ..load.clone()
                 };
-                publish::run(&filling, &stage.client, &stage.name, &content, &bar).await?;
+                publish::run(&filling, &stage.client, &stage.name, &stage.subjects, &content, &bar).await?;
                 bar.finish_and_clear();
             }
             let bar = load.bar(stage.temporary.then_some(load.count)).with_prefix("sub");
@@ -267,7 +290,7 @@ async fn measure(command: &BenchCommand, load: &Load, stage: &Stage) -> Result<R
             let until = subscribe::Until::Count(load.count);
             let reading = subscribe::open(load, &stage.client, &stage.name, until).await?;
             let (published, read) = tokio::try_join!(
-                publish::run(load, &stage.client, &stage.name, &content, &hidden),
+                publish::run(load, &stage.client, &stage.name, &stage.subjects, &content, &hidden),
                 reading.run(load, &content, &bar),
             )?;
             bar.finish_and_clear();
@@ -280,5 +303,27 @@ async fn measure(command: &BenchCommand, load: &Load, stage: &Stage) -> Result<R
                 verified: (!load.no_verify).then_some(true),
             })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::subjects;
+
+    #[test]
+    fn subjects_are_those_that_the_stream_takes() {
+        let of = |filters: &[&str], count| {
+            let filters: Vec<String> = filters.iter().map(|f| (*f).to_owned()).collect();
+            subjects(&filters, count).map(|all| all.join(" "))
+        };
+        assert_eq!(of(&["s", "s.>"], 1).as_deref(), Some("s"));
+        assert_eq!(of(&["s", "s.>"], 2).as_deref(), Some("s.0 s.1"));
+        assert_eq!(of(&["orders.>"], 1).as_deref(), Some("orders.0"));
+        assert_eq!(
+            of(&["orders.*.eu.*.x"], 2).as_deref(),
+            Some("orders.bench.eu.0.x orders.bench.eu.1.x")
+        );
+        assert_eq!(of(&["a", "b"], 2).as_deref(), Some("a b"));
+        assert_eq!(of(&["a", "b"], 3), None);
     }
 }

@@ -23,6 +23,7 @@ pub(super) async fn run(
     load: &Load,
     client: &Client,
     stream: &str,
+    subjects: &[String],
     content: &Arc<Content>,
     bar: &ProgressBar,
 ) -> Result<Published, Failure> {
@@ -41,12 +42,11 @@ pub(super) async fn run(
             .await?;
         publishers.push(publisher);
     }
-    let subjects = load.subjects(stream);
     let begun = Instant::now();
     // Gathered in one task; each publisher's session, which encodes and sends, has a task of its own.
     let shares = (0u32..)
         .zip(publishers)
-        .map(|(index, p)| one(load, index, p, content, &subjects));
+        .map(|(index, p)| one(load, index, p, content, subjects));
     let mut latency = Latency::new();
     for part in try_join_all(shares).await? {
         latency.add(&part);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::show;
+use super::{json, show};
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output::{self, Format, FormatArg};
 use crate::cli::units;
@@ -73,7 +73,7 @@ impl HealthArgs {
         let enough = self.nodes.is_none_or(|nodes| live >= nodes);
         let well = report.problems.is_empty() && enough;
         let text = match self.format.format {
-            Format::Json => format!("{}\n", show::health_json(report, well)),
+            Format::Json => format!("{}\n", json::health_json(report, well)),
             Format::Table => show::health(report, well),
         };
         Ok((well, text))

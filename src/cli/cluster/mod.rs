@@ -1,19 +1,21 @@
 //! `mainstem cluster`.
 
 mod health;
+mod json;
 mod show;
 
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use serde_json::json;
+use serde_json::json as value;
 
 use super::connect::{Connect, Globals};
 use super::failure::Failure;
 use super::output::{self, Format, FormatArg};
-use super::units::{self, show_time_us};
+use super::units::{self, show_time_ms};
 
-pub(super) use show::{groups_json, node_json, shard_table, shards_json};
+pub(super) use json::{groups_json, node_json, shards_json};
+pub(super) use show::shard_page;
 
 /// Look at the cluster: nodes, leaders, replicas, quorums, and what is on its way
 #[derive(Debug, Args)]
@@ -49,6 +51,12 @@ enum ClusterCommand {
         /// Also groups without shards
         #[arg(long)]
         groups: bool,
+        /// Show it again and again, until interrupted
+        #[arg(long)]
+        watch: bool,
+        /// With --watch: how often
+        #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = units::duration)]
+        interval: Duration,
         #[command(flatten)]
         format: FormatArg,
     },
@@ -60,6 +68,9 @@ enum ClusterCommand {
         /// End after so many events
         #[arg(long, value_name = "N", value_parser = units::count)]
         count: Option<u64>,
+        /// As it does in any case
+        #[arg(long, hide = true)]
+        watch: bool,
         /// How to print; json: one document a line
         #[command(flatten)]
         format: FormatArg,
@@ -81,14 +92,14 @@ impl ClusterArgs {
             ClusterCommand::Info { format } => {
                 let cluster = client.cluster().await?;
                 match format.format {
-                    Format::Json => output::json(&show::cluster_json(&cluster)),
+                    Format::Json => output::json(&json::cluster_json(&cluster)),
                     Format::Table => output::data(show::cluster(&cluster).as_bytes()),
                 }
             }
             ClusterCommand::Nodes { removed, format } => {
                 let nodes = client.nodes(removed).await?;
                 match format.format {
-                    Format::Json => output::json(&json!(nodes.iter().map(show::node_json).collect::<Vec<_>>())),
+                    Format::Json => output::json(&value!(nodes.iter().map(json::node_json).collect::<Vec<_>>())),
                     Format::Table => output::line(show::nodes(&nodes)),
                 }
             }
@@ -96,17 +107,30 @@ impl ClusterArgs {
             ClusterCommand::Report {
                 problems,
                 groups,
+                watch,
+                interval,
                 format,
-            } => {
+            } => loop {
                 let report = client.cluster_report(None, Vec::new()).await?;
+                let planned = client.plan().await?;
                 match format.format {
-                    Format::Json => output::json(&show::report_json(&report)),
-                    Format::Table => output::data(show::report(&report, problems, groups).as_bytes()),
+                    Format::Json => output::json(&json::report_json(&report, &planned))?,
+                    Format::Table => {
+                        if watch {
+                            output::clear_screen()?;
+                        }
+                        output::data(show::report(&report, &planned, problems, groups).as_bytes())?;
+                    }
                 }
-            }
+                if !watch {
+                    return Ok(());
+                }
+                tokio::time::sleep(interval).await;
+            },
             ClusterCommand::Events {
                 interval,
                 count,
+                watch: _,
                 format,
             } => {
                 let interval = u64::try_from(interval.as_micros()).unwrap_or(u64::MAX);
@@ -114,8 +138,8 @@ impl ClusterArgs {
                 let mut told = 0;
                 while let Some(event) = events.next().await? {
                     match format.format {
-                        Format::Json => output::line(show::event_json(&event))?,
-                        Format::Table => output::line(format!("{}  {}", show_time_us(event.time_us), event.text))?,
+                        Format::Json => output::line(json::event_json(&event))?,
+                        Format::Table => output::line(format!("{}  {}", show_time_ms(event.time_us), event.text))?,
                     }
                     told += 1;
                     if count.is_some_and(|count| told >= count) {
@@ -127,7 +151,7 @@ impl ClusterArgs {
             ClusterCommand::Balance { dry_run: _, format } => {
                 let plan = client.plan().await?;
                 match format.format {
-                    Format::Json => output::json(&show::plan_json(&plan)),
+                    Format::Json => output::json(&json::plan_json(&plan)),
                     Format::Table if plan.actions.is_empty() => {
                         output::status("nothing to do: every replica is where it should be");
                         Ok(())

@@ -1,19 +1,17 @@
-//! The cluster for people and programs.
+//! The cluster for people.
 
 use std::collections::HashMap;
 
 use comfy_table::Table;
-use serde_json::{Value, json};
 
 use crate::cli::output;
-use crate::cli::units::{show_count, show_duration_us, show_size, show_time_us};
+use crate::cli::units::{show_age_us, show_count, show_duration_us, show_lag, show_size, show_time_us};
 use crate::client::proto::{
-    ClusterEvent, GetClusterResponse, GetReportResponse, GroupReport, Node, NodeState, PlanResponse, Problem,
-    ProblemKind, ReplicaChangeReason, ReplicaChangeReport, ReplicaReport, ReplicaState, ShardReport,
-    cluster_event::Kind,
+    GetClusterResponse, GetReportResponse, GroupReport, Node, NodeState, PlanResponse, Problem, ReplicaChangeReason,
+    ReplicaChangeReport, ReplicaReport, ReplicaState, ShardReport,
 };
 
-fn node_state(node: &Node) -> &'static str {
+pub(super) fn node_state(node: &Node) -> &'static str {
     match node.state() {
         NodeState::Unspecified => "unknown",
         NodeState::Active => "active",
@@ -22,7 +20,7 @@ fn node_state(node: &Node) -> &'static str {
     }
 }
 
-fn replica_state(replica: &ReplicaReport) -> &'static str {
+pub(super) fn replica_state(replica: &ReplicaReport) -> &'static str {
     match replica.state() {
         ReplicaState::Unspecified => "unknown",
         ReplicaState::Current => "current",
@@ -60,38 +58,49 @@ fn replicas(group: &GroupReport) -> String {
     told.collect::<Vec<_>>().join(", ")
 }
 
-/// What is to be said of replicas that are not current.
-fn lagging(group: &GroupReport, now_us: u64) -> String {
+/// What is to be said of replicas that are not current, and of what is on its way.
+fn notes(group: &GroupReport, now_us: u64) -> String {
     let behind = group
         .replicas
         .iter()
         .filter(|r| r.state() != ReplicaState::Current)
-        .map(|r| {
-            let mut text = format!("{} {}", r.node_name, replica_state(r));
-            if let Some(lag) = r.lag_entries.filter(|lag| *lag > 0) {
-                text.push_str(&format!(", {} entries behind", show_count(lag)));
-            }
-            if let Some(bytes) = r.snapshot_bytes {
-                text.push_str(&format!(", {} of a snapshot sent", show_size(bytes)));
-            }
-            if let Some(since) = r.offline_since_us {
-                text.push_str(&format!(" for {}", ago(since, now_us)));
-            }
-            text
-        });
+        .map(|r| replica_note(r, now_us));
     let mut notes: Vec<_> = behind.collect();
     if let Some(change) = &group.change {
-        notes.push(change_text(change));
+        notes.push(format!("{}{}", reason(change), signs(change)));
     }
     notes.join("; ")
 }
 
-fn ago(at_us: u64, now_us: u64) -> String {
-    // To the second: more is noise.
-    show_duration_us(now_us.saturating_sub(at_us) / 1_000_000 * 1_000_000)
+/// "n3 offline for 2m 5s, 1,200 entries, 3.1 MiB, 2.4 s behind".
+fn replica_note(r: &ReplicaReport, now_us: u64) -> String {
+    let mut text = format!("{} {}", r.node_name, replica_state(r));
+    if let Some(since) = r.offline_since_us {
+        text.push_str(&format!(" for {}", ago(since, now_us)));
+    }
+    match (r.snapshot_bytes, r.snapshot_total_bytes) {
+        (Some(sent), Some(total)) => {
+            text.push_str(&format!(
+                ", {} of a snapshot of {} sent",
+                show_size(sent),
+                show_size(total)
+            ));
+        }
+        (Some(sent), None) => text.push_str(&format!(", {} of a snapshot sent", show_size(sent))),
+        (None, _) => {}
+    }
+    match show_lag(r.lag_entries.unwrap_or(0), r.lag_bytes, r.lag_us).as_str() {
+        "" => {}
+        lag => text.push_str(&format!(", {lag} behind")),
+    }
+    text
 }
 
-fn reason(change: &ReplicaChangeReport) -> &'static str {
+fn ago(at_us: u64, now_us: u64) -> String {
+    show_age_us(now_us.saturating_sub(at_us))
+}
+
+pub(super) fn reason(change: &ReplicaChangeReport) -> &'static str {
     match change.reason() {
         ReplicaChangeReason::Unspecified => "unknown",
         ReplicaChangeReason::Heal => "heal",
@@ -102,19 +111,66 @@ fn reason(change: &ReplicaChangeReport) -> &'static str {
     }
 }
 
-fn change_text(change: &ReplicaChangeReport) -> String {
+/// " +n4 -n3".
+fn signs(change: &ReplicaChangeReport) -> String {
     let nodes = |ids: &[u64], sign: &str| ids.iter().map(|id| format!(" {sign}n{id}")).collect::<String>();
-    let waits = match change.waiting_for.as_str() {
-        "" => String::new(),
-        text => format!(", waits: {text}"),
-    };
-    format!(
-        "{}{}{} ({}){waits}",
-        reason(change),
-        nodes(&change.add_nodes, "+"),
-        nodes(&change.remove_nodes, "-"),
-        change.why
-    )
+    nodes(&change.add_nodes, "+") + &nodes(&change.remove_nodes, "-")
+}
+
+/// Changes of replicas and moves of shards under way: what, why, since when, what is left, what holds them up.
+fn on_its_way(report: &GetReportResponse) -> Option<Table> {
+    let changing: Vec<_> = report
+        .meta
+        .iter()
+        .chain(&report.groups)
+        .filter(|g| g.change.is_some())
+        .collect();
+    if changing.is_empty() && report.moves.is_empty() {
+        return None;
+    }
+    let mut table = output::table(&["on its way", "why", ">for", ">left", ">rate", "waits for"]);
+    for group in changing {
+        let Some(change) = &group.change else { continue };
+        let shards: Vec<_> = report.shards.iter().filter(|s| s.group_id == group.group_id).collect();
+        let holds = match shards.as_slice() {
+            [] => String::new(),
+            [one] => format!(" ({}/{})", one.stream, one.index),
+            [first, ..] => format!(" ({}/{} and {} more)", first.stream, first.index, shards.len() - 1),
+        };
+        let waits = match (change.waiting_for.as_str(), change.ready) {
+            ("", true) => "the voters are being changed",
+            ("", false) => "",
+            (text, _) => text,
+        };
+        table.add_row([
+            format!("g{}{holds}: {}{}", group.group_id, reason(change), signs(change)),
+            change.why.clone(),
+            ago(change.started_us, report.time_us),
+            change.bytes_left.map(show_size).unwrap_or_default(),
+            change
+                .bytes_per_second
+                .map(|b| format!("{}/s", show_size(b)))
+                .unwrap_or_default(),
+            waits.to_owned(),
+        ]);
+    }
+    for m in &report.moves {
+        table.add_row([
+            format!("{}/{}: g{} to g{}", m.stream, m.index, m.from_group, m.to_group),
+            "its stream gets groups of its own, or others".to_owned(),
+            ago(m.started_us, report.time_us),
+            String::new(),
+            String::new(),
+            match m.step.as_str() {
+                "planned" => "to be sealed in the one group",
+                "sealed" => "to be adopted by the other group",
+                "adopted" => "to be forgotten by the former group",
+                _ => "",
+            }
+            .to_owned(),
+        ]);
+    }
+    Some(table)
 }
 
 fn quorum(group: &GroupReport) -> String {
@@ -132,15 +188,12 @@ fn group_names(report: &GetReportResponse) -> HashMap<u64, &GroupReport> {
 }
 
 /// Shards with what their groups say.
-pub(in crate::cli) fn shard_table<'a>(
-    shards: impl Iterator<Item = &'a ShardReport>,
-    report: &GetReportResponse,
-) -> Table {
+fn shard_table<'a>(shards: impl Iterator<Item = &'a ShardReport>, report: &GetReportResponse) -> Table {
     let groups = group_names(report);
     let mut table = output::table(&[
         "shard",
         "group",
-        "leader since",
+        ">led for",
         ">term",
         "replicas",
         "quorum",
@@ -152,7 +205,7 @@ pub(in crate::cli) fn shard_table<'a>(
     for shard in shards {
         let empty = GroupReport::default();
         let group = groups.get(&shard.group_id).copied().unwrap_or(&empty);
-        let mut notes = lagging(group, report.time_us);
+        let mut notes = notes(group, report.time_us);
         if shard.moving {
             notes = format!("moving between groups; {notes}");
         }
@@ -162,13 +215,16 @@ pub(in crate::cli) fn shard_table<'a>(
         table.add_row([
             format!("{}/{}", shard.stream, shard.index),
             format!("g{}", shard.group_id),
-            group.leader_since_us.map(show_time_us).unwrap_or_default(),
+            group
+                .leader_since_us
+                .map(|at| ago(at, report.time_us))
+                .unwrap_or_default(),
             group.term.to_string(),
             replicas(group),
             quorum(group),
             group
                 .last_quorum_ack_us
-                .map(|at| format!("{} ago", ack_age(report.time_us.saturating_sub(at))))
+                .map(|at| format!("{} ago", ago(at, report.time_us)))
                 .unwrap_or_default(),
             shard.messages.map(show_count).unwrap_or_default(),
             shard.bytes.map(show_size).unwrap_or_default(),
@@ -178,12 +234,13 @@ pub(in crate::cli) fn shard_table<'a>(
     table
 }
 
-fn ack_age(us: u64) -> String {
-    if us < 1_000_000 {
-        format!("{} ms", us / 1_000)
-    } else {
-        show_duration_us(us / 1_000_000 * 1_000_000)
+/// Shards, and what is on its way.
+pub(in crate::cli) fn shard_page(report: &GetReportResponse) -> String {
+    let mut page = format!("{}\n", shard_table(report.shards.iter(), report));
+    if let Some(table) = on_its_way(report) {
+        page.push_str(&format!("\n{table}\n"));
     }
+    page
 }
 
 fn summary_line(report: &GetReportResponse) -> String {
@@ -202,7 +259,13 @@ fn summary_line(report: &GetReportResponse) -> String {
     )
 }
 
-pub(super) fn report(report: &GetReportResponse, only_problems: bool, with_groups: bool) -> String {
+/// `planned` is what the planner would do next.
+pub(super) fn report(
+    report: &GetReportResponse,
+    planned: &PlanResponse,
+    only_problems: bool,
+    with_groups: bool,
+) -> String {
     let groups = group_names(report);
     let mut page = format!("{}\n", summary_line(report));
     if let Some(meta) = &report.meta {
@@ -236,21 +299,16 @@ pub(super) fn report(report: &GetReportResponse, only_problems: bool, with_group
                 replicas(group),
                 quorum(group),
                 group.term.to_string(),
-                lagging(group, report.time_us),
+                notes(group, report.time_us),
             ]);
         }
         page.push_str(&format!("\n{table}\n"));
     }
-    for m in &report.moves {
-        page.push_str(&format!(
-            "\n{}/{}: on its way from g{} to g{}, {} for {}",
-            m.stream,
-            m.index,
-            m.from_group,
-            m.to_group,
-            m.step,
-            ago(m.started_us, report.time_us)
-        ));
+    if let Some(table) = on_its_way(report) {
+        page.push_str(&format!("\n{table}\n"));
+    }
+    if !planned.actions.is_empty() {
+        page.push_str(&format!("\n{}\n", plan(planned)));
     }
     page.push_str(&problems(&report.problems));
     page
@@ -330,6 +388,22 @@ pub(super) fn nodes(nodes: &[Node]) -> Table {
     table
 }
 
+/// Who keeps the next cluster version from being in force.
+fn held_back(c: &GetClusterResponse) -> String {
+    if c.cluster_version_known <= c.cluster_version {
+        return String::new();
+    }
+    let nodes: Vec<_> = c.held_back_by.iter().map(|id| format!("n{id}")).collect();
+    match nodes.as_slice() {
+        [] => format!("; {} comes into force now", c.cluster_version_known),
+        nodes => format!(
+            "; {} is held back by {}: upgrade or remove",
+            c.cluster_version_known,
+            nodes.join(", ")
+        ),
+    }
+}
+
 pub(super) fn cluster(c: &GetClusterResponse) -> String {
     let meta = c.meta.clone().unwrap_or_default();
     let settings = c.settings.unwrap_or_default();
@@ -347,7 +421,7 @@ pub(super) fn cluster(c: &GetClusterResponse) -> String {
         ("cluster", format!("{} ({})", c.name, c.cluster_id)),
         (
             "version",
-            format!("{} (cluster version {})", c.version, c.cluster_version),
+            format!("{} (cluster version {}{})", c.version, c.cluster_version, held_back(c)),
         ),
         ("nodes", format!("{} of {} answer", c.live_nodes, c.nodes)),
         ("meta leader", leader),
@@ -365,189 +439,12 @@ pub(super) fn cluster(c: &GetClusterResponse) -> String {
     ])
 }
 
-pub(super) fn cluster_json(c: &GetClusterResponse) -> Value {
-    let settings = c.settings.unwrap_or_default();
-    json!({
-        "cluster_id": c.cluster_id, "name": c.name, "version": c.version, "cluster_version": c.cluster_version,
-        "revision": c.revision, "nodes": c.nodes, "live_nodes": c.live_nodes, "streams": c.streams,
-        "shards": c.shards, "groups": c.groups, "answered_by": c.answered_by,
-        "meta": c.meta.as_ref().map(group_json),
-        "settings": {
-            "meta_voters_max": settings.meta_voters_max,
-            "replace_after_us": settings.replace_after_us,
-            "moves_per_node_max": settings.moves_per_node_max,
-        },
-    })
-}
-
-pub(in crate::cli) fn node_json(n: &Node) -> Value {
-    json!({
-        "node_id": n.node_id, "name": n.name, "zone": n.zone, "tags": n.tags, "state": node_state(n), "live": n.live,
-        "incarnation": n.incarnation, "client_address": n.client_address, "peer_address": n.peer_address,
-        "replicas": n.replicas, "leaders": n.leaders, "bytes": n.bytes, "free_bytes": n.free_bytes,
-        "used_bytes": n.used_bytes, "version": n.version, "meta_role": n.meta_role,
-        "registered_us": n.registered_us, "restarted_us": n.restarted_us, "last_heard_us": n.last_heard_us,
-        "silence": n.silence, "alarms": n.alarms, "replicas_coming": n.replicas_coming,
-        "replicas_leaving": n.replicas_leaving,
-    })
-}
-
-fn change_json(change: &ReplicaChangeReport) -> Value {
-    json!({
-        "reason": reason(change), "why": change.why, "started_us": change.started_us, "add_nodes": change.add_nodes,
-        "remove_nodes": change.remove_nodes, "waiting_for": change.waiting_for, "ready": change.ready,
-    })
-}
-
-fn group_json(g: &GroupReport) -> Value {
-    let replicas: Vec<_> = g
-        .replicas
-        .iter()
-        .map(|r| {
-            json!({
-                "replica_id": r.replica_id, "node_id": r.node_id, "node": r.node_name, "state": replica_state(r),
-                "leader": r.leader, "voter": r.voter, "lag_entries": r.lag_entries, "last_ack_us": r.last_ack_us,
-                "offline_since_us": r.offline_since_us, "snapshot_bytes": r.snapshot_bytes,
-            })
-        })
-        .collect();
-    json!({
-        "group_id": g.group_id, "pooled": g.pooled, "shards": g.shards, "leader_node": g.leader_node,
-        "leader_replica": g.leader_replica, "term": g.term, "leader_since_us": g.leader_since_us,
-        "replicas": replicas, "voters": g.voters, "learners": g.learners, "quorum_have": g.quorum_have,
-        "quorum_need": g.quorum_need, "last_quorum_ack_us": g.last_quorum_ack_us, "leaderless": g.leaderless,
-        "under_replicated": g.under_replicated, "replicas_wanted": g.replicas_wanted,
-        "change": g.change.as_ref().map(change_json), "epoch": g.epoch, "bytes": g.bytes,
-    })
-}
-
-pub(in crate::cli) fn groups_json(report: &GetReportResponse) -> Value {
-    report.groups.iter().map(group_json).collect()
-}
-
-pub(in crate::cli) fn shards_json(report: &GetReportResponse) -> Value {
-    let shards = report.shards.iter().map(|s| {
-        json!({
-            "namespace": s.namespace, "stream": s.stream, "stream_id": s.stream_id, "index": s.index,
-            "shard_id": s.shard_id, "group_id": s.group_id, "leader_node": s.leader_node, "floor": s.floor,
-            "tail": s.tail, "messages": s.messages, "bytes": s.bytes, "last_time_us": s.last_time_us,
-            "leaderless": s.leaderless, "under_replicated": s.under_replicated,
-            "replicas_wanted": s.replicas_wanted, "moving": s.moving,
-        })
-    });
-    shards.collect()
-}
-
-fn problem_json(p: &Problem) -> Value {
-    let kind = match p.kind() {
-        ProblemKind::Unspecified => "unknown",
-        ProblemKind::NodeSilent => "node_silent",
-        ProblemKind::Leaderless => "leaderless",
-        ProblemKind::NoQuorum => "no_quorum",
-        ProblemKind::UnderReplicated => "under_replicated",
-        ProblemKind::Damaged => "damaged",
-        ProblemKind::Alarm => "alarm",
-    };
-    json!({ "kind": kind, "text": p.text, "next": p.next, "node_id": p.node_id, "group_id": p.group_id })
-}
-
-fn summary_json(report: &GetReportResponse) -> Value {
-    let s = report.summary.unwrap_or_default();
-    json!({
-        "shards": s.shards, "groups": s.groups, "leaderless_shards": s.leaderless_shards,
-        "leaderless_groups": s.leaderless_groups, "under_replicated_shards": s.under_replicated_shards,
-        "under_replicated_groups": s.under_replicated_groups, "no_quorum_groups": s.no_quorum_groups,
-        "changes": s.changes, "moves": s.moves, "nodes": s.nodes, "live_nodes": s.live_nodes,
-    })
-}
-
-pub(super) fn report_json(report: &GetReportResponse) -> Value {
-    let silent = report
-        .silent_nodes
-        .iter()
-        .map(|n| json!({ "node_id": n.node_id, "name": n.name, "reason": n.reason, "last_heard_us": n.last_heard_us }));
-    let moves = report.moves.iter().map(|m| {
-        json!({
-            "namespace": m.namespace, "stream": m.stream, "index": m.index, "shard_id": m.shard_id,
-            "from_group": m.from_group, "to_group": m.to_group, "step": m.step, "started_us": m.started_us,
-        })
-    });
-    json!({
-        "summary": summary_json(report),
-        "meta": report.meta.as_ref().map(group_json),
-        "shards": shards_json(report),
-        "groups": groups_json(report),
-        "moves": moves.collect::<Value>(),
-        "problems": report.problems.iter().map(problem_json).collect::<Value>(),
-        "silent_nodes": silent.collect::<Value>(),
-        "time_us": report.time_us,
-        "revision": report.revision,
-        "answered_by": report.answered_by,
-    })
-}
-
-pub(super) fn health_json(report: &GetReportResponse, well: bool) -> Value {
-    json!({
-        "healthy": well,
-        "summary": summary_json(report),
-        "problems": report.problems.iter().map(problem_json).collect::<Value>(),
-    })
-}
-
-pub(super) fn event_json(event: &ClusterEvent) -> Value {
-    let mut value = json!({ "time_us": event.time_us, "text": event.text });
-    let (kind, more) = match &event.kind {
-        None => ("unknown", json!({})),
-        Some(Kind::Watching(w)) => ("watching", json!({ "revision": w.revision })),
-        Some(Kind::Leader(l)) => (
-            "leader",
-            json!({
-                "group_id": l.group_id, "term": l.term, "leader_node": l.leader_node,
-                "former_leader_node": l.former_leader_node,
-            }),
-        ),
-        Some(Kind::NodeUp(n)) => (
-            "node_up",
-            json!({ "node_id": n.node_id, "name": n.name, "incarnation": n.incarnation }),
-        ),
-        Some(Kind::NodeDown(n)) => (
-            "node_down",
-            json!({ "node_id": n.node_id, "name": n.name, "reason": n.reason }),
-        ),
-        Some(Kind::NodeState(n)) => ("node_state", json!({ "node_id": n.node_id, "name": n.name })),
-        Some(Kind::ChangeStarted(c)) => (
-            "change_started",
-            json!({ "group_id": c.group_id, "change": c.change.as_ref().map(change_json) }),
-        ),
-        Some(Kind::ChangeEnded(c)) => ("change_ended", json!({ "group_id": c.group_id })),
-        Some(Kind::Problem(p)) => ("problem", json!({ "problem": p.problem.as_ref().map(problem_json) })),
-        Some(Kind::Solved(p)) => ("solved", json!({ "problem": p.problem.as_ref().map(problem_json) })),
-    };
-    if let (Some(all), Value::Object(more)) = (value.as_object_mut(), more) {
-        all.insert("kind".to_owned(), kind.into());
-        all.extend(more);
-    }
-    value
-}
-
 pub(super) fn plan(plan: &PlanResponse) -> Table {
-    let mut table = output::table(&["action", "why", "blocked by"]);
+    let mut table = output::table(&["planned", "why", "waits for"]);
     for action in &plan.actions {
         table.add_row([action.action.clone(), action.why.clone(), action.blocked_by.clone()]);
     }
     table
-}
-
-pub(super) fn plan_json(plan: &PlanResponse) -> Value {
-    let actions = plan
-        .actions
-        .iter()
-        .map(|a| json!({ "action": a.action, "why": a.why, "blocked_by": a.blocked_by, "group_id": a.group_id }));
-    let silent = plan
-        .silent_nodes
-        .iter()
-        .map(|n| json!({ "node_id": n.node_id, "reason": n.reason }));
-    json!({ "actions": actions.collect::<Value>(), "silent_nodes": silent.collect::<Value>() })
 }
 
 #[cfg(test)]

@@ -7,8 +7,10 @@ use serde_json::json;
 
 use crate::cli::failure::Failure;
 use crate::cli::output::{self, Format, FormatArg, message_json, printable};
-use crate::cli::subscribe::describe;
+use crate::cli::subscribe::{ConsistencyArg, describe, freshness_json, freshness_note};
 use crate::cli::units::{self, show_size, show_time_us};
+use crate::client::proto::get_request::By;
+use crate::client::proto::{GetBySequence, GetFirstAtTime, GetLastBySubject};
 use crate::client::{Client, Start};
 
 /// Look at a page of messages
@@ -26,16 +28,20 @@ pub(super) struct ViewArgs {
     #[arg(long, value_name = "FILTER")]
     filter: Vec<String>,
     #[command(flatten)]
+    consistency: ConsistencyArg,
+    #[command(flatten)]
     format: FormatArg,
 }
 
 impl ViewArgs {
     pub(super) async fn run(self, client: &Client) -> Result<(), Failure> {
+        let client = client.clone().with_consistency(self.consistency.get());
         let page = client.fetch(&self.name, self.from, self.filter, self.count).await?;
         if self.format.format == Format::Json {
             return output::json(&json!({
                 "messages": page.messages.iter().map(message_json).collect::<Vec<_>>(),
                 "caught_up": page.caught_up,
+                "freshness": page.freshness.iter().map(freshness_json).collect::<Vec<_>>(),
             }));
         }
         let mut table = output::table(&[">shard", ">sequence", "time", "subject", ">size", "payload"]);
@@ -48,6 +54,9 @@ impl ViewArgs {
                 show_size(m.payload.len() as u64),
                 printable(&m.payload, 60),
             ]);
+        }
+        for fresh in &page.freshness {
+            output::status(freshness_note(fresh));
         }
         if page.messages.is_empty() {
             output::status("no messages there");
@@ -79,17 +88,25 @@ pub(super) struct GetArgs {
     #[arg(long, value_name = "INDEX", default_value_t = 0)]
     shard: u32,
     #[command(flatten)]
+    consistency: ConsistencyArg,
+    #[command(flatten)]
     format: FormatArg,
 }
 
 impl GetArgs {
     pub(super) async fn run(self, client: &Client) -> Result<(), Failure> {
-        let message = match (self.sequence, &self.last_by_subject, self.at) {
-            (Some(sequence), _, _) => client.get_by_sequence(&self.name, self.shard, sequence).await?,
-            (None, Some(subject), _) => client.get_last_by_subject(&self.name, subject).await?,
-            (None, None, Some(time)) => client.get_first_at_time(&self.name, self.shard, time).await?,
+        let shard = self.shard;
+        let by = match (self.sequence, self.last_by_subject, self.at) {
+            (Some(sequence), _, _) => By::Sequence(GetBySequence { shard, sequence }),
+            (None, Some(subject), _) => By::LastBySubject(GetLastBySubject { subject }),
+            (None, None, Some(time_us)) => By::FirstAtTime(GetFirstAtTime { shard, time_us }),
             (None, None, None) => return Err(Failure::usage("name the message: a sequence, a subject or a time")),
         };
+        let client = client.clone().with_consistency(self.consistency.get());
+        let (message, fresh) = client.get(&self.name, by).await?;
+        if let Some(fresh) = &fresh {
+            output::status(freshness_note(fresh));
+        }
         if self.format.format == Format::Json {
             return output::json(&message_json(&message));
         }

@@ -1,6 +1,7 @@
 //! `mainstem stream`.
 
 mod look;
+mod progress;
 mod show;
 mod spec;
 
@@ -11,7 +12,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use self::spec::{CreateArgs, EditArgs};
-use super::cluster::{groups_json, shard_table, shards_json};
+use super::cluster::{groups_json, shard_page, shards_json};
 use super::connect::{Connect, Globals};
 use super::failure::{Exit, Failure};
 use super::output::{self, Format, FormatArg};
@@ -178,15 +179,23 @@ impl StreamArgs {
                     Format::Json => output::json(&json!({
                         "shards": shards_json(&report), "groups": groups_json(&report),
                     })),
-                    Format::Table => output::line(shard_table(report.shards.iter(), &report)),
+                    Format::Table => output::data(shard_page(&report).as_bytes()),
                 }
             }
             StreamCommand::Edit(args) => {
-                let (spec, paths, expected_revision, format) = args.change()?;
-                let stream = client.update_stream(spec, paths, expected_revision).await?;
-                match format {
-                    Format::Json => output::json(&show::json(&stream)),
-                    Format::Table => output::data(show::describe(&stream).as_bytes()),
+                let edit = args.change()?;
+                let name = edit.spec.name.clone();
+                let moves = edit.moves_replicas();
+                let stream = client
+                    .update_stream(edit.spec, edit.paths, edit.expected_revision)
+                    .await?;
+                match edit.format {
+                    Format::Json => output::json(&show::json(&stream))?,
+                    Format::Table => output::data(show::describe(&stream).as_bytes())?,
+                }
+                match moves && !edit.no_wait {
+                    true => progress::wait(&client, &name, edit.within).await,
+                    false => Ok(()),
                 }
             }
             StreamCommand::Rm { name, grace, now, yes } => {

@@ -4,8 +4,10 @@ use comfy_table::Table;
 use serde_json::{Value, json};
 
 use crate::cli::output;
-use crate::cli::units::{show_count, show_duration_us, show_size, show_time_us};
-use crate::client::proto::{DiscardPolicy, Partitioning, Placement, Stream, StreamState, partitioning::By};
+use crate::cli::units::{show_count, show_duration_us, show_lag, show_size, show_time_us};
+use crate::client::proto::{
+    DiscardPolicy, Partitioning, Placement, Replica, Shard, Stream, StreamState, partitioning::By,
+};
 
 fn state(stream: &Stream) -> &'static str {
     match stream.state() {
@@ -13,6 +15,18 @@ fn state(stream: &Stream) -> &'static str {
         StreamState::Creating => "creating",
         StreamState::Active => "active",
         StreamState::Removed => "removed",
+    }
+}
+
+/// Also what is wrong with its shards.
+fn whole_state(stream: &Stream) -> String {
+    let unled = stream.shards.iter().filter(|s| s.leader_node.is_none()).count();
+    match (stream.state(), unled) {
+        (StreamState::Active, 1..) => format!(
+            "active; no leader answers for {unled} of {} shards",
+            stream.shards.len()
+        ),
+        _ => state(stream).to_owned(),
     }
 }
 
@@ -50,6 +64,7 @@ pub(super) fn list(streams: &[Stream]) -> Table {
         "name",
         "subjects",
         ">shards",
+        ">replicas",
         ">messages",
         ">size",
         "last message",
@@ -64,11 +79,12 @@ pub(super) fn list(streams: &[Stream]) -> Table {
             spec.name,
             spec.subjects.join(", "),
             spec.shards.to_string(),
+            spec.replicas.to_string(),
             show_count(messages),
             show_size(bytes),
             last.map(show_time_us).unwrap_or_default(),
             show_time_us(stream.created_us),
-            state(stream).to_owned(),
+            whole_state(stream),
         ]);
     }
     table
@@ -163,42 +179,59 @@ pub(super) fn shards(stream: &Stream) -> Table {
         ">next",
         ">messages",
         ">size",
-        "leader",
         "replicas",
+        ">term",
         "last message",
+        "notes",
     ]);
     for shard in &stream.shards {
-        let replicas: Vec<_> = shard
-            .replicas
-            .iter()
-            .map(|r| {
-                let star = if r.leader { "*" } else { "" };
-                format!("n{}{star} {}{}", r.node_id, r.state, lag(r.lag_entries))
-            })
-            .collect();
         table.add_row([
             shard.index.to_string(),
             shard.floor.to_string(),
             shard.tail.to_string(),
             show_count(shard.messages),
             show_size(shard.bytes),
-            shard
-                .leader_node
-                .map(|n| format!("n{n} (term {})", shard.term))
-                .unwrap_or_else(|| "none".to_owned()),
-            replicas.join(", "),
+            replicas(shard),
+            shard.term.to_string(),
             shard.last_time_us.map(show_time_us).unwrap_or_default(),
+            notes(shard),
         ]);
     }
     table
 }
 
-fn lag(entries: u64) -> String {
-    if entries == 0 {
-        String::new()
-    } else {
-        format!(" ({} behind)", show_count(entries))
+fn name(replica: &Replica) -> String {
+    match replica.node_name.as_str() {
+        "" => format!("n{}", replica.node_id),
+        name => name.to_owned(),
     }
+}
+
+/// "n1*, n2, n3!": the leader has a star; what is not current an exclamation mark; learners are in brackets.
+fn replicas(shard: &Shard) -> String {
+    let told = shard.replicas.iter().map(|r| {
+        let mark = match r.state.as_str() {
+            _ if r.leader => "*",
+            "current" => "",
+            _ => "!",
+        };
+        let text = format!("{}{mark}", name(r));
+        if r.learner { format!("({text})") } else { text }
+    });
+    told.collect::<Vec<_>>().join(", ")
+}
+
+fn notes(shard: &Shard) -> String {
+    let mut notes = Vec::new();
+    if shard.leader_node.is_none() {
+        notes.push("NO LEADER".to_owned());
+    }
+    for r in shard.replicas.iter().filter(|r| r.state != "current") {
+        let lag = show_lag(r.lag_entries, Some(r.lag_bytes), Some(r.lag_us));
+        let behind = if lag.is_empty() { lag } else { format!(", {lag} behind") };
+        notes.push(format!("{} {}{behind}", name(r), r.state));
+    }
+    notes.join("; ")
 }
 
 pub(super) fn json(stream: &Stream) -> Value {
@@ -214,7 +247,8 @@ pub(super) fn json(stream: &Stream) -> Value {
                 .map(|r| {
                     json!({
                         "replica_id": r.replica_id, "node_id": r.node_id, "leader": r.leader, "state": r.state,
-                        "lag_entries": r.lag_entries,
+                        "node": r.node_name, "learner": r.learner, "lag_entries": r.lag_entries,
+                        "lag_bytes": r.lag_bytes, "lag_us": r.lag_us,
                     })
                 })
                 .collect();

@@ -105,8 +105,33 @@ pub(super) struct EditArgs {
     /// Only if the stream has this revision
     #[arg(long, value_name = "REVISION")]
     expected_revision: Option<u64>,
+    /// Of a change of replicas or placement: do not wait until it is made
+    #[arg(long)]
+    no_wait: bool,
+    /// Likewise: give up waiting after so long; the change goes on [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+    within: Option<Duration>,
     #[command(flatten)]
     format: FormatArg,
+}
+
+/// A change of a stream.
+#[derive(Debug)]
+pub(super) struct Edit {
+    pub(super) spec: StreamSpec,
+    /// The fields of it that are meant.
+    pub(super) paths: Vec<String>,
+    pub(super) expected_revision: Option<u64>,
+    pub(super) no_wait: bool,
+    pub(super) within: Option<Duration>,
+    pub(super) format: Format,
+}
+
+impl Edit {
+    /// Whether replicas come or go with it.
+    pub(super) fn moves_replicas(&self) -> bool {
+        self.paths.iter().any(|path| path == "replicas" || path == "placement")
+    }
 }
 
 /// A value, or the wish to have none.
@@ -256,7 +281,7 @@ impl CreateArgs {
 }
 
 impl EditArgs {
-    pub(super) fn change(self) -> Result<(StreamSpec, Vec<String>, Option<u64>, Format), Failure> {
+    pub(super) fn change(self) -> Result<Edit, Failure> {
         let (mut spec, mut paths) = self.settings.read(self.name)?;
         if let Some(replicas) = self.replicas {
             spec.replicas = replicas;
@@ -265,7 +290,14 @@ impl EditArgs {
         if paths.is_empty() {
             return Err(Failure::usage("nothing to change is named").hint("for instance --max-age 7days"));
         }
-        Ok((spec, paths, self.expected_revision, self.format.format))
+        Ok(Edit {
+            spec,
+            paths,
+            expected_revision: self.expected_revision,
+            no_wait: self.no_wait,
+            within: self.within,
+            format: self.format.format,
+        })
     }
 }
 
@@ -276,7 +308,7 @@ mod tests {
     use clap::Parser as _;
 
     #[derive(Debug, clap::Parser)]
-    struct Edit {
+    struct Line {
         #[command(flatten)]
         args: EditArgs,
     }
@@ -284,7 +316,9 @@ mod tests {
     #[test]
     fn an_edit_names_what_it_changes() {
         let line = "edit s --max-age 7days --max-bytes none --discard new --metadata a=b";
-        let (spec, paths, revision, _) = Edit::try_parse_from(line.split(' ')).unwrap().args.change().unwrap();
+        let edit = Line::try_parse_from(line.split(' ')).unwrap().args.change().unwrap();
+        assert!(!edit.moves_replicas());
+        let (spec, paths, revision) = (edit.spec, edit.paths, edit.expected_revision);
         assert_eq!(
             paths,
             ["limits.max_age_us", "limits.max_bytes", "limits.discard", "metadata"]
@@ -293,13 +327,15 @@ mod tests {
         assert_eq!((limits.max_age_us, limits.max_bytes), (Some(604_800_000_000), None));
         assert_eq!(limits.discard(), DiscardPolicy::New);
         assert_eq!((spec.metadata["a"].as_str(), revision), ("b", None));
-        assert!(Edit::try_parse_from(["edit", "s"]).unwrap().args.change().is_err());
+        assert!(Line::try_parse_from(["edit", "s"]).unwrap().args.change().is_err());
     }
 
     #[test]
     fn replicas_and_placements() {
         let line = "edit s --replicas 5 --placement zone=a,b --placement tag:disk=ssd";
-        let (spec, paths, _, _) = Edit::try_parse_from(line.split(' ')).unwrap().args.change().unwrap();
+        let edit = Line::try_parse_from(line.split(' ')).unwrap().args.change().unwrap();
+        assert!(edit.moves_replicas());
+        let (spec, paths) = (edit.spec, edit.paths);
         assert_eq!(paths, ["placement", "replicas"]);
         let placement = spec.placement.unwrap();
         assert_eq!(
@@ -309,7 +345,7 @@ mod tests {
         assert_eq!(placement.tags["disk"], "ssd");
         assert_eq!(placement_of("any"), Ok(Where::Any));
         assert!(placement_of("a,b").is_err() && placement_of("tag:=x").is_err());
-        assert!(Edit::try_parse_from(["edit", "s", "--replicas", "8"]).is_err());
+        assert!(Line::try_parse_from(["edit", "s", "--replicas", "8"]).is_err());
     }
 
     fn placement_of(text: &str) -> Result<Where, String> {

@@ -1,6 +1,7 @@
 //! Publishing a steady flow: batches, acks in order, resends that are never stored twice.
 
 mod flight;
+mod leaders;
 mod queue;
 mod session;
 mod split;
@@ -17,6 +18,7 @@ use tokio::task::JoinHandle;
 pub use ticket::{BatchReceipt, PendingAck, PubAck};
 
 use self::flight::Flight;
+use self::leaders::Leaders;
 use self::queue::{Place, Queue, Sizes};
 use self::session::{Identity, Producer, Session, open_retrying};
 use self::split::Splitter;
@@ -159,7 +161,10 @@ impl PublisherBuilder {
         };
         let map_epoch = splitter.epoch();
         let queue = Arc::new(Queue::new(self.sizes, splitter));
+        let mut leaders = Leaders::default();
+        leaders.opened(&opened);
         let session = Session {
+            leaders,
             connection: self.connection,
             config: self.config,
             queue: Arc::clone(&queue),

@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
 use super::flight::{Flight, Landed, Need};
+use super::leaders::Leaders;
 use super::queue::Queue;
 use super::ticket::BatchReceipt;
 use super::{BatchReport, PublisherConfig};
@@ -55,6 +58,7 @@ pub(super) struct Session {
     pub(super) map_epoch: u64,
     /// Since when messages have waited without a session.
     pub(super) waiting_since: Option<Instant>,
+    pub(super) leaders: Leaders,
 }
 
 /// Why a connection is over.
@@ -65,6 +69,8 @@ enum End {
     Again(ClientError),
     /// The producer begins again under the next epoch.
     NewEpoch,
+    /// The node at this address leads: make the next one there.
+    Move(usize),
     /// It makes no sense to go on.
     Fatal(ClientError),
 }
@@ -75,7 +81,8 @@ pub(super) async fn open(
     stream: &str,
     producer: Option<Producer>,
 ) -> Result<(Line, v1::PublishOpened), ClientError> {
-    let (address, channel) = connection.session_channel()?;
+    let (address, channel) = connection.session_channel(stream)?;
+    let learning = channel.clone();
     let opening = async {
         let (outbox, requests) = mpsc::channel(OUTBOX);
         let open = v1::PublishOpen {
@@ -102,7 +109,8 @@ pub(super) async fn open(
                 response::Frame::Ack(_)
                 | response::Frame::Error(_)
                 | response::Frame::Window(_)
-                | response::Frame::Map(_),
+                | response::Frame::Map(_)
+                | response::Frame::Leaders(_),
             ) => Err(ClientError::bad_answer("the session did not begin with `opened`")),
             None => Err(lost("the server ended the session before it began")),
         }
@@ -115,10 +123,17 @@ pub(super) async fn open(
             "the server did not open the session",
         )),
     };
-    opened.map_err(|e| {
-        connection.move_on(address, e.leader.as_deref());
-        connection.explain(e)
-    })
+    match opened {
+        Ok(opened) => {
+            connection.answered(address);
+            connection.learn(learning).await;
+            Ok(opened)
+        }
+        Err(e) => {
+            connection.move_on(address, &e);
+            Err(connection.explain(e))
+        }
+    }
 }
 
 /// Opens a session, again and again where that can help.
@@ -140,7 +155,7 @@ pub(super) async fn open_retrying(
         if !may_repeat(&error, Repeat::Safe) {
             return Err(error);
         }
-        if tried < connection.config.addresses.len() {
+        if tried < connection.choices() {
             continue;
         }
         let pause = backoff.next();
@@ -156,7 +171,7 @@ fn away_error(away: &v1::PublishGoAway) -> ClientError {
         leader: away.addresses.first().cloned(),
         ..ClientError::local(
             Code::Unavailable,
-            "GO_AWAY",
+            reason::GO_AWAY,
             format!("the server asks to reconnect: {}", away.reason),
         )
     }
@@ -198,6 +213,10 @@ impl Session {
                     }
                     Err(e) => return self.fail(e),
                 },
+                End::Move(index) => {
+                    self.connection.prefer(&self.config.stream, index);
+                    continue;
+                }
                 End::Fatal(e) => return self.fail(e),
                 End::Again(e) => e,
             };
@@ -273,6 +292,7 @@ impl Session {
                 ),
             )));
         }
+        self.leaders.opened(&opened);
         self.take_map(opened.map.as_ref())?;
         let last: &BTreeMap<u32, u64> = &opened.last_producer_sequence;
         let need = self
@@ -313,12 +333,20 @@ impl Session {
     async fn serve(&mut self, mut line: Line) -> (End, bool) {
         let mut progress = false;
         let mut going: Option<(Instant, End)> = None;
+        let mut probe: Option<BoxFuture<'static, Option<usize>>> = None;
         self.waiting_since = None;
         loop {
             let now = Instant::now();
             self.flight.rewind_due(now);
             if self.is_done() {
                 return (End::Done, progress);
+            }
+            if going.is_none()
+                && probe.is_none()
+                && let Some(address) = self.leaders.elsewhere(now)
+            {
+                let (connection, address) = (Arc::clone(&self.connection), address.to_owned());
+                probe = Some(async move { connection.probe(&address).await }.boxed());
             }
             let mut wake_at = self.flight.resend_at();
             let mut can_send = false;
@@ -363,6 +391,12 @@ impl Session {
                     None => std::future::pending().await,
                 }
             };
+            let probed = async {
+                match &mut probe {
+                    Some(probe) => probe.await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 answer = line.inbox.message() => {
@@ -377,7 +411,7 @@ impl Session {
                         Ok(Some(wish)) => {
                             progress = true;
                             if let End::Again(error) = &wish {
-                                self.connection.move_on(line.address, error.leader.as_deref());
+                                self.connection.move_on(line.address, error);
                             }
                             // What was sent is answered first.
                             going.get_or_insert((now + GO_AWAY_PATIENCE, wish));
@@ -400,13 +434,20 @@ impl Session {
                 }
                 () = self.queue.work.notified() => {}
                 () = timer => {}
+                found = probed => {
+                    probe = None;
+                    if let Some(index) = found.filter(|index| *index != line.address) {
+                        // What was sent is answered first, so that order and outcomes are plain.
+                        going.get_or_insert((Instant::now() + GO_AWAY_PATIENCE, End::Move(index)));
+                    }
+                }
             }
         }
     }
 
     fn broken(&self, status: tonic::Status, address: usize) -> End {
         let error = ClientError::from(status);
-        self.connection.move_on(address, error.leader.as_deref());
+        self.connection.move_on(address, &error);
         // Batches have numbers, so that a session can always be made again unless the server says that it is no use.
         if error.retry != RetryClass::CannotWork {
             End::Again(error)
@@ -455,6 +496,10 @@ impl Session {
             }
             Some(response::Frame::Map(map)) => {
                 self.take_map(Some(&map))?;
+                return Ok(None);
+            }
+            Some(response::Frame::Leaders(leaders)) => {
+                self.leaders.told(leaders.leaders);
                 return Ok(None);
             }
             Some(response::Frame::Opened(_)) => {

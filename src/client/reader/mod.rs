@@ -64,6 +64,8 @@ pub struct Fetched {
     pub cursor: Bytes,
     /// Nothing more was stored when the answer was made.
     pub caught_up: bool,
+    /// Of a local read: how recent the replicas are.
+    pub freshness: Vec<v1::Freshness>,
 }
 
 /// What a reader meets.
@@ -77,6 +79,8 @@ pub enum ReadEvent {
         tails: Vec<(u32, u64)>,
         /// Where reading goes on.
         cursor: Bytes,
+        /// Of a local read: how recent the replicas are.
+        freshness: Vec<v1::Freshness>,
     },
     /// Messages that were asked for are no longer retained.
     Truncated {
@@ -91,6 +95,8 @@ pub enum ReadEvent {
     Heartbeat {
         /// Next sequence of each shard, by index.
         tails: Vec<(u32, u64)>,
+        /// Of a local read: how recent the replicas are.
+        freshness: Vec<v1::Freshness>,
     },
 }
 
@@ -104,6 +110,7 @@ struct ReaderConfig {
     credit_messages: u64,
     credit_bytes: u64,
     retry_for: Duration,
+    consistency: v1::Consistency,
 }
 
 /// Settings of a [`Reader`], made by [`Client::reader`](super::Client::reader).
@@ -115,7 +122,7 @@ pub struct ReaderBuilder {
 }
 
 impl ReaderBuilder {
-    pub(super) fn new(connection: Arc<Connection>, stream: String) -> Self {
+    pub(super) fn new(connection: Arc<Connection>, stream: String, consistency: v1::Consistency) -> Self {
         ReaderBuilder {
             connection,
             config: ReaderConfig {
@@ -127,6 +134,7 @@ impl ReaderBuilder {
                 credit_messages: 1_000_000,
                 credit_bytes: 16 << 20,
                 retry_for: Duration::from_secs(60),
+                consistency,
             },
         }
     }
@@ -335,7 +343,7 @@ impl Reader {
                 Err(status) => {
                     self.line = None;
                     let error = ClientError::from(status);
-                    self.connection.move_on(address, error.leader.as_deref());
+                    self.connection.move_on(address, &error);
                     if !may_repeat(&error, Repeat::Safe) {
                         return Err(error);
                     }
@@ -355,11 +363,13 @@ impl Reader {
                     return Ok(Some(ReadEvent::CaughtUp {
                         tails: positions(&caught.tails),
                         cursor: caught.cursor,
+                        freshness: caught.freshness,
                     }));
                 }
                 Some(response::Frame::Heartbeat(beat)) => {
                     return Ok(Some(ReadEvent::Heartbeat {
                         tails: positions(&beat.tails),
+                        freshness: beat.freshness,
                     }));
                 }
                 Some(response::Frame::Truncated(gone)) => {
@@ -377,8 +387,11 @@ impl Reader {
                     }
                 }
                 Some(response::Frame::GoAway(away)) => {
-                    self.connection
-                        .move_on(address, away.addresses.first().map(String::as_str));
+                    let away = ClientError {
+                        leader: away.addresses.first().cloned(),
+                        ..ClientError::local(Code::Unavailable, reason::GO_AWAY, "the server asks to reconnect")
+                    };
+                    self.connection.move_on(address, &away);
                     self.line = None;
                 }
                 Some(response::Frame::Opened(_)) => {
@@ -448,7 +461,7 @@ impl Reader {
             if !may_repeat(&error, Repeat::Safe) {
                 return Err(error);
             }
-            if tried < self.connection.config.addresses.len() {
+            if tried < self.connection.choices() {
                 continue;
             }
             let pause = backoff.next();
@@ -461,7 +474,8 @@ impl Reader {
 
     async fn open_once(&mut self) -> Result<(), ClientError> {
         let connection = Arc::clone(&self.connection);
-        let (address, channel) = connection.session_channel()?;
+        let (address, channel) = connection.session_channel(&self.config.stream)?;
+        let learning = channel.clone();
         let credit = v1::ReadCredit {
             messages: self.config.credit_messages,
             bytes: self.config.credit_bytes,
@@ -474,6 +488,7 @@ impl Reader {
             filters: self.config.filters.clone(),
             credit: Some(credit),
             stop_at_tail: self.config.stop_at_tail,
+            consistency: self.config.consistency.into(),
         };
         let opening = async {
             let (requests, receiver) = mpsc::channel(4);
@@ -511,9 +526,11 @@ impl Reader {
             Err(_) => Err(lost("the server did not open the session")),
         };
         let (line, opened) = opened.map_err(|e| {
-            connection.move_on(address, e.leader.as_deref());
+            connection.move_on(address, &e);
             connection.explain(e)
         })?;
+        connection.answered(address);
+        connection.learn(learning).await;
         match &self.identity {
             None => self.identity = Some((opened.stream_id, opened.epoch)),
             Some((id, epoch)) if *id == opened.stream_id && *epoch == opened.epoch => {}

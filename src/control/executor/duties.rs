@@ -2,9 +2,9 @@
 //! of members that the catalog asks for, and tell when they are committed. Each is found from the catalog and the group
 //! as they are, so that any leader goes on where another one stopped.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -16,8 +16,9 @@ use tokio_util::sync::CancellationToken;
 use super::TRANSFER;
 use crate::control::Control;
 use crate::control::meta::QUORUM_AGE;
+use crate::control::view::ShardOnItsWay;
 use crate::model::{GroupId, ReplicaId};
-use crate::raft::{ChangeError, Group, Members};
+use crate::raft::{ChangeError, Group, Members, ProposeError};
 use crate::wire::internal as pb;
 use pb::meta_command::Op;
 
@@ -29,12 +30,16 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(300);
 /// A change of members that is not done in this time is looked at again.
 const CHANGE: Duration = Duration::from_secs(20);
+/// A joint change that cannot be made for so long, because a new replica does not answer, is given up.
+const GIVE_UP: Duration = Duration::from_secs(10);
 /// Orders that wait.
 const ORDERS_MAX: usize = 256;
 
 /// Orders of the meta group's leader for groups led here.
 #[derive(Default)]
 pub struct Orders {
+    /// Since when joint changes that are wanted cannot be made.
+    impossible: Mutex<HashMap<GroupId, Instant>>,
     waiting: Mutex<VecDeque<(GroupId, ReplicaId)>>,
     more: Notify,
 }
@@ -71,12 +76,14 @@ pub(super) fn current(group: &Group) -> BTreeSet<ReplicaId> {
 // There is at most one per group, for as long as it takes to do it.
 #[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq)]
-enum Duty {
+pub(super) enum Duty {
     Tell(&'static str, Op),
     AddLearner(ReplicaId),
     RemoveLearner(ReplicaId),
     Change(BTreeSet<ReplicaId>),
     HandOver(ReplicaId),
+    Seal(ShardOnItsWay),
+    Adopt(ShardOnItsWay),
 }
 
 /// Runs until cancelled: one duty per group at a time, groups side by side.
@@ -127,14 +134,24 @@ fn ids(raw: &[u64]) -> BTreeSet<ReplicaId> {
     raw.iter().map(|id| ReplicaId::new(*id)).collect()
 }
 
-/// The next thing for the leader of a data group, `own`.
+/// Who shall vote once the change of a group, if there is one, is made.
+fn wanted_voters(record: &pb::GroupRecord, voters: &BTreeSet<ReplicaId>) -> BTreeSet<ReplicaId> {
+    let (add, remove) = match &record.change {
+        Some(change) => (ids(&change.add), ids(&change.remove)),
+        None => Default::default(),
+    };
+    voters.union(&add).filter(|id| !remove.contains(id)).copied().collect()
+}
+
+/// The next thing for the leader of a data group, `own`. A group that is still joint is so because the leader that began
+/// its change has ended, or its call has: nobody goes on with that by himself.
 fn data_duty(
     record: &pb::GroupRecord,
     own: ReplicaId,
     members: &Members,
     current: &BTreeSet<ReplicaId>,
 ) -> Option<Duty> {
-    if members.joint || !members.committed {
+    if !members.committed {
         return None;
     }
     let voters: BTreeSet<ReplicaId> = record
@@ -143,6 +160,9 @@ fn data_duty(
         .filter(|replica| replica.role() == pb::ReplicaRole::Voter)
         .map(|replica| ReplicaId::new(replica.replica_id))
         .collect();
+    if members.joint {
+        return Some(Duty::Change(wanted_voters(record, &voters)));
+    }
     if !record.formed {
         let formed = Op::GroupFormed(pb::GroupFormed {
             group_id: record.group_id,
@@ -158,7 +178,7 @@ fn data_duty(
             .find(|id| !record.replicas.iter().any(|replica| replica.replica_id == id.get()));
         return stray.map(|id| Duty::RemoveLearner(*id));
     };
-    let (add, remove) = (ids(&change.add), ids(&change.remove));
+    let add = ids(&change.add);
     if let Some(new) = add.iter().find(|id| !members.contains(**id)) {
         return Some(Duty::AddLearner(*new));
     }
@@ -176,7 +196,7 @@ fn data_duty(
             Duty::Tell("a replica that has caught up", Op::ReplicaCaughtUp(report))
         });
     }
-    let wanted: BTreeSet<ReplicaId> = voters.union(&add).filter(|id| !remove.contains(id)).copied().collect();
+    let wanted = wanted_voters(record, &voters);
     if members.voters == wanted {
         let committed = pb::ChangeCommitted {
             group_id: record.group_id,
@@ -200,10 +220,13 @@ fn data_duty(
 
 /// The next thing for the leader of the meta group.
 fn meta_duty(wanted: &pb::MetaMembership, members: &Members, current: &BTreeSet<ReplicaId>) -> Option<Duty> {
-    if members.joint || !members.committed || wanted.voters.is_empty() {
+    if !members.committed || wanted.voters.is_empty() {
         return None;
     }
     let (voters, learners) = (ids(&wanted.voters), ids(&wanted.learners));
+    if members.joint {
+        return Some(Duty::Change(voters));
+    }
     let lacking = voters.union(&learners).find(|id| !members.contains(**id));
     if let Some(new) = lacking {
         return Some(Duty::AddLearner(*new));
@@ -216,13 +239,73 @@ fn meta_duty(wanted: &pb::MetaMembership, members: &Members, current: &BTreeSet<
     stray.map(|id| Duty::RemoveLearner(*id))
 }
 
+fn not_proposed(group: GroupId, error: &ProposeError) -> ChangeError {
+    match error {
+        ProposeError::NotLeader { leader, .. } => ChangeError::NotLeader { group, leader: *leader },
+        ProposeError::Stopped { reason, .. } => ChangeError::Stopped {
+            group,
+            reason: reason.clone(),
+        },
+        ProposeError::Unknown { .. } => ChangeError::Unknown { group },
+    }
+}
+
 impl Control {
     fn duty_of(&self, group: &Group) -> Option<Duty> {
         let (members, current) = (group.members(), current(group));
         if group.id == GroupId::META {
             return meta_duty(&self.view.cluster()?.meta?, &members, &current);
         }
-        data_duty(&*self.view.group_record(group.id)?, group.replica, &members, &current)
+        let duty = data_duty(&*self.view.group_record(group.id)?, group.replica, &members, &current);
+        duty.or_else(|| self.move_duty(group))
+    }
+
+    /// Makes the joint change that the catalog wants, if it still does, and while all new voters have everything: with one
+    /// that is gone the group could stand still. What cannot be made for long is given up, with the proof for the catalog: a
+    /// membership without the learners, from which no leader can make voters of them any more.
+    async fn change_voters(&self, group: &Group, voters: &BTreeSet<ReplicaId>) -> Result<(), ChangeError> {
+        let wanted = || self.duty_of(group) == Some(Duty::Change(voters.clone()));
+        if self.barrier().await.is_err() || !wanted() {
+            tokio::time::sleep(LOOK).await;
+            return Ok(());
+        }
+        let (members, current) = (group.members(), current(group));
+        let reached = voters.intersection(&current).count();
+        let ready = voters.difference(&members.voters).all(|id| current.contains(id)) && reached * 2 > voters.len();
+        if ready {
+            self.orders.impossible.lock().remove(&group.id);
+            return group.change_membership(voters.clone()).await.map(drop);
+        }
+        let since = *self
+            .orders
+            .impossible
+            .lock()
+            .entry(group.id)
+            .or_insert_with(Instant::now);
+        if since.elapsed() < GIVE_UP {
+            tokio::time::sleep(LOOK).await;
+            return Ok(());
+        }
+        self.orders.impossible.lock().remove(&group.id);
+        let Some(record) = self.view.group_record(group.id) else {
+            return Ok(());
+        };
+        let Some(change) = &record.change else { return Ok(()) };
+        for id in ids(&change.add) {
+            group.remove_learner(id).await?;
+        }
+        let left = group.members();
+        if left.committed && !left.joint {
+            let abort = pb::AbortChange {
+                group_id: group.id.get(),
+                epoch: change.epoch,
+                membership: Some(told(&left)),
+                why: "a new replica does not answer any more".into(),
+            };
+            self.tell_catalog("a change that is given up", Op::AbortChange(abort))
+                .await;
+        }
+        Ok(())
     }
 
     async fn do_duty(&self, group: Group, duty: Duty) -> GroupId {
@@ -238,8 +321,11 @@ impl Control {
                 }
                 Duty::AddLearner(replica) => group.add_learner(*replica).await.map(drop),
                 Duty::RemoveLearner(replica) => group.remove_learner(*replica).await.map(drop),
-                Duty::Change(voters) => group.change_membership(voters.clone()).await.map(drop),
+                Duty::Change(voters) if id == GroupId::META => group.change_membership(voters.clone()).await.map(drop),
+                Duty::Change(voters) => self.change_voters(&group, voters).await,
                 Duty::HandOver(to) => group.transfer_leader(*to, TRANSFER).await,
+                Duty::Seal(on) => self.seal_shard(&group, on).await.map_err(|e| not_proposed(id, &e)),
+                Duty::Adopt(on) => self.adopt_shard(&group, on).await.map_err(|e| not_proposed(id, &e)),
             }
         };
         match tokio::time::timeout(CHANGE, work).await {
@@ -341,7 +427,16 @@ mod tests {
             joint: true,
             ..members(&[1, 2, 3, 4], &[])
         };
-        assert_eq!(step(&ready, &joint, &[1, 2, 4]), None, "it is under way");
+        assert_eq!(
+            step(&ready, &joint, &[1, 2, 4]),
+            Some(Duty::Change(set(&[1, 2, 4]))),
+            "whoever began it has ended"
+        );
+        let entered = Members {
+            committed: false,
+            ..joint
+        };
+        assert_eq!(step(&ready, &entered, &[1, 2, 4]), None, "it is under way");
         let done = step(&ready, &members(&[1, 2, 4], &[]), &[1, 2, 4]);
         assert!(matches!(done, Some(Duty::Tell(_, Op::ChangeCommitted(_)))));
         let over = record(&[1, 2, 4], &[], &[], false);

@@ -18,7 +18,12 @@ impl Control {
         if !ping.orders.is_empty() {
             return pb::NodePong::default();
         }
-        let mut pong = pb::NodePong::default();
+        let faults = self.groups.faults();
+        let mut pong = pb::NodePong {
+            damaged: faults.iter().map(|(_, replica, _)| replica.get()).collect(),
+            stopping: self.is_stopping(),
+            ..pb::NodePong::default()
+        };
         let directory = self.groups.directory();
         pong.bytes = directory.all().iter().map(|shard| shard.positions().bytes).sum();
         for group in self.groups.all() {
@@ -50,7 +55,7 @@ impl Control {
                 continue;
             }
             let shard = directory.get(ShardId::new(place.shard_id));
-            match shard.is_some_and(|shard| shard.group.get() == place.group_id && !shard.positions().removed) {
+            match shard.is_some_and(|shard| shard.group().get() == place.group_id && !shard.positions().removed) {
                 true => pong.shards_here.push(place.shard_id),
                 false => pong.shards_gone.push(place.shard_id),
             }

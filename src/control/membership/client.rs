@@ -11,6 +11,7 @@ use tonic::transport::{ClientTlsConfig, Endpoint};
 use super::proof::{self, Role, Said};
 use super::server::hex;
 use super::{PROTOCOL, STEP_MAX};
+use crate::base::error_chain;
 use crate::model::{NodeId, ReplicaId};
 use crate::wire::internal as pb;
 use pb::join_frame::Step;
@@ -106,6 +107,28 @@ impl Joining {
         }
     }
 
+    /// What a connection ended with, and what that may mean for TLS.
+    fn hinted(&self, text: String) -> String {
+        let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
+        let hint = match self.tls {
+            Some(_) if says(&["invalid peer certificate"]) => {
+                "tls.peer_ca is not the authority that signed that node's certificate, or the certificate does not name \
+                 its address"
+            }
+            Some(_) if says(&["fatal alert", "AlertReceived"]) => {
+                "that node does not take this node's certificate: its tls.peer_ca is another authority than the one that \
+                 signed tls.cert"
+            }
+            Some(_) if says(&["InvalidContentType", "corrupt message"]) => "that node speaks no TLS to its peers",
+            None if !says(&["Connection refused"]) => {
+                "if the nodes of that cluster speak TLS to each other, give this one --tls-cert, --tls-key and \
+                 --tls-peer-ca, too"
+            }
+            Some(_) | None => return text,
+        };
+        format!("{text}; {hint}")
+    }
+
     async fn ask(&self, address: &str) -> Result<Joined, Trouble> {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
@@ -116,7 +139,10 @@ impl Joining {
                 .tls_config(tls.clone())
                 .map_err(|e| Trouble::Refused(e.to_string()))?;
         }
-        let channel = endpoint.connect().await.map_err(|e| passing(chain(&e)))?;
+        let channel = endpoint
+            .connect()
+            .await
+            .map_err(|e| passing(self.hinted(error_chain(&e))))?;
         let (frames, outbound) = mpsc::channel(4);
         let hello = pb::JoinHello {
             cluster_name: self.facts.cluster_name.clone(),
@@ -133,7 +159,7 @@ impl Joining {
         let answered = tokio::time::timeout(STEP_MAX, client.join(outbound)).await;
         let answered = answered.map_err(|_| passing("it does not answer"))?;
         let mut inbound = answered
-            .map_err(|status| passing(status.message().to_owned()))?
+            .map_err(|status| passing(self.hinted(told(&status))))?
             .into_inner();
         let challenge = match next(&mut inbound).await? {
             Step::Challenge(challenge) => challenge,
@@ -204,6 +230,15 @@ impl Joining {
     }
 }
 
+/// A status with what is behind it.
+fn told(status: &tonic::Status) -> String {
+    use std::error::Error as _;
+    match status.source() {
+        Some(source) => format!("{}: {}", status.message(), error_chain(source)),
+        None => status.message().to_owned(),
+    }
+}
+
 async fn say(frames: &mpsc::Sender<pb::JoinFrame>, step: Step) -> Result<(), Trouble> {
     let sent = frames.send(pb::JoinFrame { step: Some(step) }).await;
     sent.map_err(|_| passing("the connection ended"))
@@ -221,15 +256,4 @@ async fn next(inbound: &mut tonic::Streaming<pb::JoinFrame>) -> Result<Step, Tro
         Some(step) => Ok(step),
         None => Err(passing("the connection ended")),
     }
-}
-
-/// An error with everything under it.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

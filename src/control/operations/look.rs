@@ -8,6 +8,7 @@ use super::{Names, Operations, OrderError, PATIENCE};
 use crate::control::reports::events::Look;
 use crate::control::reports::problems::problems;
 use crate::control::reports::{Gathered, Picture, Watcher};
+use crate::control::version;
 use crate::control::view::StreamView;
 use crate::machine::placement::Settings;
 use crate::model::{GroupId, NodeId, StreamId};
@@ -81,6 +82,10 @@ impl Operations {
         let settings = Settings::of(&record);
         let nodes = self.view().nodes();
         let present = nodes.iter().filter(|n| n.state() != pb::NodeState::Removed).count();
+        let (_, newest) = version::known(&nodes);
+        let held_back = nodes
+            .iter()
+            .filter(|n| n.state() != pb::NodeState::Removed && version::knows(n) < newest);
         let streams = self.view().all_streams();
         let streams: Vec<_> = streams.iter().filter(|s| is_live(s)).collect();
         v1::GetClusterResponse {
@@ -88,6 +93,8 @@ impl Operations {
             name: record.cluster_name,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             cluster_version: record.cluster_version.max(1),
+            cluster_version_known: newest,
+            held_back_by: held_back.map(|n| n.node_id).collect(),
             revision: record.revision,
             meta: Some(self.meta_report(&picture, &self.names())),
             nodes: present as u32,
@@ -154,6 +161,7 @@ impl Operations {
             alarms: report.map(|r| r.alarms.clone()).unwrap_or_default(),
             registered_us: node.registered_us,
             restarted_us: node.restarted_us,
+            cluster_version_max: version::knows(node),
             ..v1::Node::default()
         };
         if report.is_none() && node.state() != pb::NodeState::Removed {

@@ -15,10 +15,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Control;
 use super::reports::service::{METHODS, ReportService};
 use super::reports::{Gathered, Gatherer, Picture, Reporter, meta_record};
 use super::view::{StreamView, View};
+use super::{Control, news};
 use crate::base::alarms::Alarms;
 use crate::base::clock::Clock;
 use crate::base::tasks::Tasks;
@@ -78,6 +78,8 @@ impl Operations {
         if let Some(peers) = reporter.groups.peers() {
             peers.serve_calls(METHODS, Arc::new(ReportService(reporter.clone())));
             tasks.spawn_vital("look for nodes", gatherer.clone().look(tasks.token()));
+            let tell = news::tell(reporter.groups.clone(), reporter.view.clone(), tasks.token());
+            tasks.spawn("news", tell);
         }
         Arc::new(Self {
             control,

@@ -303,8 +303,8 @@ impl Planner<'_> {
         self.blocked(Step::Hold { group }, why, blocked);
     }
 
-    /// Decides a change, if it can be made now. The leader is never removed: it hands over first, or, where there is nobody
-    /// else, its successor comes first. Always true: the group is taken care of.
+    /// Decides a change, if it can be made now. A leader is not removed: it hands over first, or its successor comes first;
+    /// but where it is the only voter, the change itself hands over. Always true: the group is taken care of.
     pub(super) fn change(
         &mut self,
         standing: &Standing<'_>,
@@ -334,6 +334,9 @@ impl Planner<'_> {
                     self.restless = true;
                     return true;
                 }
+                // It is the only one: the joint change makes its successor the leader at once. With both as voters for a while
+                // the group would stand still if either of them went.
+                None if standing.voters.len() == 1 && !add.is_empty() => {}
                 None => remove.retain(|id| *id != leader),
             }
         }

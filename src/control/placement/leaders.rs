@@ -19,7 +19,7 @@ impl Planner<'_> {
     /// The voter that should lead instead: live, current, on an active node, where the fewest lead.
     pub(super) fn successor(&self, group: &GroupShape, leader: ReplicaId, except: &[ReplicaId]) -> Option<ReplicaId> {
         self.heirs(group, leader)
-            .filter(|(id, node)| !except.contains(id) && self.is_active(*node))
+            .filter(|(id, node)| !except.contains(id) && self.may_lead(*node))
             .min_by_key(|(id, node)| (self.nodes.get(node).map(|node| node.leaders), *id))
             .map(|(id, _)| id)
     }
@@ -33,6 +33,12 @@ impl Planner<'_> {
     ) -> Option<ReplicaId> {
         let heir = || self.heirs(group, leader).find(|(id, _)| !except.contains(id));
         self.successor(group, leader, except).or_else(|| Some(heir()?.0))
+    }
+
+    /// Whether a node may be given something to lead.
+    fn may_lead(&self, node: NodeId) -> bool {
+        let stopping = self.reports.nodes.get(&node).is_some_and(|report| report.stopping);
+        self.is_active(node) && !stopping
     }
 
     fn heirs(&self, group: &GroupShape, leader: ReplicaId) -> impl Iterator<Item = (ReplicaId, NodeId)> {
@@ -106,7 +112,7 @@ impl Planner<'_> {
             if !self.is_active(from) {
                 continue;
             }
-            for (heir, to) in self.heirs(group, leader).filter(|(_, to)| self.is_active(*to)) {
+            for (heir, to) in self.heirs(group, leader).filter(|(_, to)| self.may_lead(*to)) {
                 let ways = edges.entry(from).or_default().entry(to).or_default();
                 ways.push((group.id, leader, heir));
             }

@@ -24,6 +24,8 @@ pub struct NodeReport {
     pub last_seen: TimeUs,
     /// What its replicas hold.
     pub bytes: u64,
+    /// It is being stopped, and shall lead nothing new.
+    pub stopping: bool,
     /// Replicas on it whose logs are damaged: they never run again.
     pub damaged: BTreeSet<ReplicaId>,
     /// Up to where the logs of its replicas are purged.

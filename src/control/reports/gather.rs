@@ -117,7 +117,11 @@ impl Gatherer {
         let answer = peers
             .call(node, PeerMethod::NodeReport, payload, patience)
             .await
-            .map_err(|e| e.message)?;
+            .map_err(|e| match e.message.strip_prefix(&format!("node {node} is down: ")) {
+                // Which node it is, whoever reads this knows.
+                Some(reason) => reason.to_owned(),
+                None => e.message,
+            })?;
         let report = pb::NodeReport::decode(answer).map_err(|e| format!("its report is malformed: {e}"))?;
         if report.node_id != node.get() {
             return Err(format!("it says that it is n{}", report.node_id));

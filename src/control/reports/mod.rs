@@ -22,7 +22,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::view::View;
 use crate::base::alarms::Alarms;
 use crate::base::clock::Clock;
-use crate::model::NodeId;
+use crate::model::{GroupId, NodeId};
 use crate::raft::{Group, Groups};
 use crate::storage::Store;
 use crate::wire::internal as pb;
@@ -72,11 +72,13 @@ impl Reporter {
         let wanted: HashSet<u64> = call.groups.iter().copied().collect();
         let is_wanted = |group: u64| wanted.is_empty() || wanted.contains(&group);
         let mut shards: HashMap<u64, Vec<pb::ShardState>> = HashMap::new();
+        let mut group_bytes: HashMap<GroupId, u64> = HashMap::new();
         for shard in self.groups.directory().all() {
             let at = shard.positions();
             report.bytes += at.bytes;
-            if call.shards && is_wanted(shard.group.get()) && !at.removed {
-                shards.entry(shard.group.get()).or_default().push(pb::ShardState {
+            *group_bytes.entry(shard.group()).or_default() += at.bytes;
+            if call.shards && is_wanted(shard.group().get()) && !at.removed {
+                shards.entry(shard.group().get()).or_default().push(pb::ShardState {
                     shard_id: shard.shard.get(),
                     floor: at.floor.get(),
                     tail: at.tail.get(),
@@ -101,6 +103,12 @@ impl Reporter {
                     group_id: transfer.group.get(),
                     to_replica: transfer.to.get(),
                     sent_bytes: transfer.bytes,
+                    running_us: micros(transfer.running_for),
+                    // Until the receiver has compared: what is sent is the batches, and little else.
+                    total_bytes: match transfer.total_bytes {
+                        0 => group_bytes.get(&transfer.group).copied().unwrap_or(0),
+                        known => known,
+                    },
                 })
                 .collect();
         }
@@ -132,6 +140,8 @@ fn state_of(group: &Group) -> pb::GroupState {
                 replica_id: replica.replica.get(),
                 voter: replica.voter,
                 lag: replica.lag,
+                lag_bytes: replica.lacks.bytes,
+                lag_us: micros(replica.lacks.time),
                 ack_ago_us: replica.last_ack.map(micros),
                 matched: replica.matched.map(|i| i.get()),
             })

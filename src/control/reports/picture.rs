@@ -7,12 +7,16 @@ use crate::model::{GroupId, NodeId, ReplicaId};
 use crate::wire::internal::{self as pb, ReplicaRole};
 use crate::wire::v1;
 
+/// How long a transfer must have run before its rate means something.
+const RATE_AFTER_US: u64 = 200_000;
+
 /// The reports, by group.
 pub struct Picture<'a> {
     gathered: &'a Gathered,
     /// Every replica of each group that answered, and where it runs.
     groups: HashMap<GroupId, Vec<(NodeId, &'a pb::GroupState)>>,
-    transfers: HashMap<u64, u64>,
+    /// Snapshots on their way, by the replica that gets them.
+    transfers: HashMap<u64, &'a pb::TransferState>,
 }
 
 /// The catalog's own group, in the form of the others.
@@ -58,7 +62,7 @@ impl<'a> Picture<'a> {
                     .or_default()
                     .push((*node, state));
             }
-            transfers.extend(report.transfers.iter().map(|t| (t.to_replica, t.sent_bytes)));
+            transfers.extend(report.transfers.iter().map(|t| (t.to_replica, t)));
         }
         Self {
             gathered,
@@ -193,9 +197,18 @@ impl<'a> Picture<'a> {
             },
             lag_entries: follower.map(|(_, f)| f.lag),
             last_ack_us: follower.and_then(|(at, f)| self.at(at, f.ack_ago_us?)),
-            snapshot_bytes: self.transfers.get(&replica.replica_id).copied(),
+            lag_bytes: follower.map(|(_, f)| f.lag_bytes),
+            lag_us: follower.map(|(_, f)| f.lag_us),
             ..v1::ReplicaReport::default()
         };
+        if let Some(transfer) = self.transfers.get(&replica.replica_id) {
+            told.snapshot_bytes = Some(transfer.sent_bytes);
+            // An estimate: what is sent beyond it is not less than nothing.
+            told.snapshot_total_bytes = Some(transfer.total_bytes)
+                .filter(|total| *total > 0)
+                .map(|total| total.max(transfer.sent_bytes));
+            told.snapshot_bytes_per_second = rate(transfer.sent_bytes, transfer.running_us);
+        }
         let fresh = |ago: Option<u64>| ago.is_some_and(|ago| ago <= micros(ACK_FRESH));
         let state = match self.gathered.reports.get(&node) {
             // Not asked: its leader knows.
@@ -238,6 +251,9 @@ impl<'a> Picture<'a> {
             known.filter(|r| r.replica_id == *id).map(|r| r.node_id).next()
         };
         let mut waits = Vec::new();
+        let added = || report.replicas.iter().filter(|r| change.add.contains(&r.replica_id));
+        let left: Option<Vec<u64>> = added().map(bytes_left).collect();
+        let speeds: Vec<u64> = added().filter_map(|r| r.snapshot_bytes_per_second).collect();
         if report.leaderless {
             waits.push("the group has no leader".to_owned());
         } else if report.quorum_have < report.quorum_need {
@@ -246,10 +262,13 @@ impl<'a> Picture<'a> {
                 report.quorum_have, report.quorum_need
             ));
         }
-        for replica in report.replicas.iter().filter(|r| change.add.contains(&r.replica_id)) {
+        for replica in added() {
             let at = format!("{} on {}", ReplicaId::new(replica.replica_id), replica.node_name);
             match (replica.state(), replica.lag_entries) {
                 (v1::ReplicaState::Current, _) => {}
+                (v1::ReplicaState::Lagging | v1::ReplicaState::Waiting, _) if replica.snapshot_bytes.is_some() => {
+                    waits.push(format!("{at} is getting a snapshot"));
+                }
                 (v1::ReplicaState::Lagging, Some(lag)) => waits.push(format!("{at} is {lag} entries behind")),
                 (v1::ReplicaState::Lagging | v1::ReplicaState::Waiting | v1::ReplicaState::Unspecified, _) => {
                     waits.push(format!("{at} has not answered the leader yet"));
@@ -270,7 +289,23 @@ impl<'a> Picture<'a> {
             remove_nodes: change.remove.iter().filter_map(node_of).collect(),
             waiting_for: waits.join("; "),
             ready: change.ready,
+            bytes_left: left.map(|left| left.iter().sum()),
+            bytes_per_second: (!speeds.is_empty()).then(|| speeds.iter().sum()),
         }
+    }
+}
+
+/// Bytes in a second; nothing is told of the first moments.
+fn rate(bytes: u64, running_us: u64) -> Option<u64> {
+    let rate = u128::from(bytes) * 1_000_000 / u128::from(running_us.max(1));
+    (running_us >= RATE_AFTER_US).then(|| u64::try_from(rate).unwrap_or(u64::MAX))
+}
+
+/// What a replica has yet to get; `None`: not known.
+fn bytes_left(replica: &v1::ReplicaReport) -> Option<u64> {
+    match replica.snapshot_bytes {
+        Some(sent) => Some(replica.snapshot_total_bytes?.saturating_sub(sent)),
+        None => replica.lag_bytes,
     }
 }
 
@@ -331,6 +366,8 @@ mod tests {
                     voter: true,
                     lag: *lag,
                     ack_ago_us: *ack,
+                    lag_bytes: 100 * lag,
+                    lag_us: 1_000 * lag,
                     ..pb::FollowerState::default()
                 })
                 .collect(),
@@ -406,6 +443,11 @@ mod tests {
         // One that lags answers all the same.
         assert_eq!((report.quorum_have, report.quorum_need), (2, 2));
         assert_eq!(report.replicas[2].offline_since_us, Some(42));
+        let lag = &report.replicas[1];
+        assert_eq!(
+            (lag.lag_entries, lag.lag_bytes, lag.lag_us),
+            (Some(9_000), Some(900_000), Some(9_000_000))
+        );
         assert!(report.under_replicated && !report.leaderless);
     }
 
@@ -483,6 +525,24 @@ mod tests {
         let change = report.change.unwrap();
         assert_eq!(change.waiting_for, "r14 on n4 is 5000 entries behind");
         assert_eq!((change.add_nodes, change.remove_nodes), (vec![4], vec![3]));
+        assert_eq!((change.bytes_left, change.bytes_per_second), (Some(500_000), None));
+        // What is on its way as a snapshot is told by that.
+        let mut all = all;
+        let transfer = pb::TransferState {
+            group_id: 7,
+            to_replica: 14,
+            sent_bytes: 30 << 20,
+            running_us: 2_000_000,
+            total_bytes: 100 << 20,
+        };
+        all.reports.get_mut(&NodeId::new(1)).unwrap().transfers = vec![transfer];
+        let report = told(&record, &all);
+        let change = report.change.unwrap();
+        assert_eq!(change.waiting_for, "r14 on n4 is getting a snapshot");
+        assert_eq!(
+            (change.bytes_left, change.bytes_per_second),
+            (Some(70 << 20), Some(15 << 20))
+        );
         assert_eq!((report.voters, report.learners), (3, 1));
     }
 }

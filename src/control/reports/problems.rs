@@ -53,11 +53,15 @@ pub(in crate::control) fn problems(
             );
         }
     }
+    let mut spare = Spare::default();
     for group in groups {
         let id = Some(group.group_id);
-        // Nobody waits for one that holds nothing.
         let is_meta = group.group_id == GroupId::META.get();
         if group.shards == 0 && !is_meta {
+            // One that is being formed has no leader yet.
+            if group.formed {
+                spare.see(group);
+            }
             continue;
         }
         let what = describe(group, shards.get(&group.group_id), is_meta);
@@ -102,8 +106,58 @@ pub(in crate::control) fn problems(
             );
         }
     }
+    for (kind, text, next) in spare.problems() {
+        say(kind, None, None, text, next);
+    }
     found.truncate(PROBLEMS_MAX);
     found
+}
+
+/// Groups without shards: nobody waits for them, but the next stream may be put there.
+#[derive(Default)]
+struct Spare {
+    unled: Vec<GroupId>,
+    thin: Vec<GroupId>,
+}
+
+impl Spare {
+    fn see(&mut self, group: &v1::GroupReport) {
+        let id = GroupId::new(group.group_id);
+        if group.leaderless || group.quorum_have < group.quorum_need {
+            self.unled.push(id);
+        } else if group.under_replicated {
+            self.thin.push(id);
+        }
+    }
+
+    /// One problem for all, since there may be many: what it is, and what to do.
+    fn problems(&self) -> Vec<(ProblemKind, String, &'static str)> {
+        let told = |groups: &[GroupId]| {
+            let named: Vec<_> = groups.iter().take(NAMED_MAX).map(GroupId::to_string).collect();
+            match groups.len().saturating_sub(NAMED_MAX) {
+                0 => named.join(", "),
+                more => format!("{} and {more} more", named.join(", ")),
+            }
+        };
+        let mut found = Vec::new();
+        if !self.unled.is_empty() {
+            let (count, groups) = (self.unled.len(), told(&self.unled));
+            found.push((
+                ProblemKind::NoQuorum,
+                format!("{count} groups without shards have no leader or no quorum: {groups}"),
+                "bring back the nodes that hold their other replicas",
+            ));
+        }
+        if !self.thin.is_empty() {
+            let (count, groups) = (self.thin.len(), told(&self.thin));
+            found.push((
+                ProblemKind::UnderReplicated,
+                format!("{count} groups without shards are under-replicated: {groups}"),
+                "bring their nodes back; what is gone for longer than `replace_after` is made anew elsewhere",
+            ));
+        }
+        found
+    }
 }
 
 fn describe(group: &v1::GroupReport, shards: Option<&Vec<String>>, is_meta: bool) -> String {

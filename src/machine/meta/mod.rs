@@ -213,6 +213,7 @@ impl MetaMachine {
             Op::ShardSealed(sealed) => self.shard_sealed(sink, sealed),
             Op::ShardAdopted(adopted) => self.shard_adopted(sink, adopted),
             Op::ShardMoveDone(done) => self.shard_move_done(sink, done),
+            Op::AbortShardMove(abort) => self.abort_shard_move(sink, abort),
             Op::CreateStream(create) => self.create_stream(sink, time_us, create),
             Op::ActivateStream(activate) => self.activate_stream(sink, activate),
             Op::UpdateStream(update) => self.update_stream(sink, update),

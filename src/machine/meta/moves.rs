@@ -225,17 +225,42 @@ impl MetaMachine {
         }
         let stream = self.put_move(sink, stream, at, None);
         let from = GroupId::new(moving.from_group);
-        let empty = |group: &pb::GroupRecord| group.shards == 0 && !group.pooled;
-        if self.groups.get(&from).is_some_and(|group| empty(group)) && self.move_of(from).is_none() {
-            self.groups.remove(&from);
-            sink.drop_meta(MetaKind::Group, &from.get().to_be_bytes());
-        }
+        self.drop_if_empty(sink, from);
         self.raise_revision(sink);
         Ok(MetaOutcome::ShardMoved {
             stream,
             from,
             to: GroupId::new(moving.to_group),
         })
+    }
+
+    /// The shard stays where it is: it was not sealed, and whoever says so sees to it that it will not be.
+    pub(super) fn abort_shard_move(&mut self, sink: &mut dyn ShardSink, abort: &pb::AbortShardMove) -> Outcome {
+        let (stream, at, moving) = self.moving(&abort.stream_id, abort.shard_id, abort.move_id)?;
+        if moving.step() != MoveStep::Planned {
+            return Err(bad(format!(
+                "shard {} is sealed: it can only go on to group {}",
+                abort.shard_id, moving.to_group
+            )));
+        }
+        let stream = self.put_move(sink, stream, at, None);
+        let to = GroupId::new(moving.to_group);
+        self.drop_if_empty(sink, to);
+        self.raise_revision(sink);
+        Ok(MetaOutcome::ShardMoved {
+            stream,
+            from: to,
+            to: GroupId::new(moving.from_group),
+        })
+    }
+
+    /// A group of a stream's own goes with its last shard.
+    fn drop_if_empty(&mut self, sink: &mut dyn ShardSink, id: GroupId) {
+        let empty = |group: &pb::GroupRecord| group.shards == 0 && !group.pooled;
+        if self.groups.get(&id).is_some_and(|group| empty(group)) && self.move_of(id).is_none() {
+            self.groups.remove(&id);
+            sink.drop_meta(MetaKind::Group, &id.get().to_be_bytes());
+        }
     }
 
     fn raise_log_floor(&mut self, sink: &mut dyn ShardSink, group: u64, index: u64) -> Result<(), MetaRefusal> {

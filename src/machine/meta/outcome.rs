@@ -40,7 +40,7 @@ pub enum MetaOutcome {
     GroupChanged(Arc<pb::GroupRecord>),
     /// A shard of the stream is on its way to another group.
     ShardMoving(Arc<pb::StreamRecord>),
-    /// It is there.
+    /// It is there; or, if its move was given up, it stays there.
     ShardMoved {
         stream: Arc<pb::StreamRecord>,
         from: GroupId,

@@ -246,7 +246,8 @@ fn encode_answer(record: &pb::ProducerRecord, answer: &Answer) -> [u64; 4] {
             count * 2,
             record.tail - first.get(),
             record.time_us - time.get(),
-            record.term - term.get(),
+            // Of a shard that came from another group it may be the higher one: groups count their terms each for itself.
+            record.term.wrapping_sub(term.get()),
         ],
         Answer::Refused(refusal) => {
             let (code, figure) = refusal
@@ -268,6 +269,6 @@ fn decode_answer(record: &pb::ProducerRecord, numbers: &[u64]) -> Option<Answer>
         first: Sequence::new(record.tail.checked_sub(figure)?),
         count: kind / 2,
         time: TimeUs::new(record.time_us.checked_sub(time)?),
-        term: Term::new(record.term.checked_sub(term)?),
+        term: Term::new(record.term.wrapping_sub(term)),
     })
 }

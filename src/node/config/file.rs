@@ -91,7 +91,14 @@ pub fn read(input: &str) -> Result<Vec<Found>, Vec<Complaint>> {
 fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
     match (kind, value) {
         (
-            Kind::Text | Kind::Path | Kind::Address | Kind::Hosts | Kind::Size | Kind::Duration | Kind::Choice(_),
+            Kind::Text
+            | Kind::Path
+            | Kind::Address
+            | Kind::Hosts
+            | Kind::Pairs
+            | Kind::Size
+            | Kind::Duration
+            | Kind::Choice(_),
             DeValue::String(text),
         ) => Some(text.to_string()),
         (Kind::Size | Kind::Count | Kind::Ratio, DeValue::Integer(number)) => {
@@ -104,6 +111,7 @@ fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
             | Kind::Path
             | Kind::Address
             | Kind::Hosts
+            | Kind::Pairs
             | Kind::Size
             | Kind::Duration
             | Kind::Count
@@ -263,7 +271,7 @@ mod tests {
             ),
             (
                 "[raft]\nzzz = 1",
-                "2: unknown key \"zzz\" in [raft]; there are pool_groups, heartbeat, election_min, election_max",
+                "2: unknown key \"zzz\" in [raft]; there are pool_groups, heartbeat, election_min, election_max, snapshot_rate",
             ),
             (
                 "node.data_dri = \"x\"",

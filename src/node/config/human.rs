@@ -1,10 +1,14 @@
 //! Values as people write them: "128MiB", "5s", "127.0.0.1:7411". What is shown can be read again.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::model::limits::PLACEMENT_TAGS_MAX;
+use crate::wire::spec::check_label;
 
 /// How a kind of value is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +17,7 @@ pub enum Kind {
     Path,
     Address,
     Hosts,
+    Pairs,
     Size,
     Duration,
     Count,
@@ -29,6 +34,7 @@ impl Kind {
             Kind::Path => "PATH",
             Kind::Address => "ADDR",
             Kind::Hosts => "HOST:PORT",
+            Kind::Pairs => "KEY=VALUE",
             Kind::Size => "SIZE",
             Kind::Duration => "DURATION",
             Kind::Count => "N",
@@ -49,6 +55,9 @@ impl Kind {
             Kind::Hosts => {
                 "HOST:PORT, such as node-1.example:7412; several with commas between where that makes sense".into()
             }
+            Kind::Pairs => {
+                "KEY=VALUE, several with commas between, each key once; letters, digits, '_', '-' and '.'".into()
+            }
             Kind::Size => "bytes, with or without a unit: 65536, 64KiB, 128MiB, 2GiB, 10GB".into(),
             Kind::Duration => "a number with a unit: 250ms, 5s, 2m, 1h, 1m 30s".into(),
             Kind::Count => "a whole number".into(),
@@ -61,9 +70,14 @@ impl Kind {
     /// Whether the value stands in quotes in TOML.
     pub fn is_quoted(self) -> bool {
         match self {
-            Kind::Text | Kind::Path | Kind::Address | Kind::Hosts | Kind::Size | Kind::Duration | Kind::Choice(_) => {
-                true
-            }
+            Kind::Text
+            | Kind::Path
+            | Kind::Address
+            | Kind::Hosts
+            | Kind::Pairs
+            | Kind::Size
+            | Kind::Duration
+            | Kind::Choice(_) => true,
             Kind::Count | Kind::Ratio | Kind::Switch => false,
         }
     }
@@ -251,6 +265,32 @@ impl Human for Addresses {
 
     fn show(&self) -> Option<String> {
         Some(self.0.join(","))
+    }
+}
+
+/// What placement may ask of a node: keys with values.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tags(pub BTreeMap<String, String>);
+
+impl Human for Tags {
+    const KIND: Kind = Kind::Pairs;
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut tags = BTreeMap::new();
+        for pair in text.split(',') {
+            let (key, value) = pair.trim().split_once('=')?;
+            let is_label = |text: &str| check_label("tags", text).is_ok();
+            // One key twice is a mistake, whichever is meant.
+            if !is_label(key) || !is_label(value) || tags.insert(key.to_owned(), value.to_owned()).is_some() {
+                return None;
+            }
+        }
+        (tags.len() <= PLACEMENT_TAGS_MAX).then_some(Tags(tags))
+    }
+
+    fn show(&self) -> Option<String> {
+        let pairs: Vec<_> = self.0.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        Some(pairs.join(","))
     }
 }
 
@@ -476,6 +516,15 @@ mod tests {
         assert_eq!(several.show().as_deref(), Some("a:1,[::1]:2,b.example:3"));
         for bad in ["", "a", "a:", "a:0", "::1:2", "http://a:1", "a:1,", "a b:1"] {
             assert_eq!(Addresses::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn tags() {
+        let tags = Tags::parse("rack=7, disk=ssd").expect("two");
+        assert_eq!(tags.show().as_deref(), Some("disk=ssd,rack=7"));
+        for bad in ["", "a", "a=", "=a", "a=1,a=2", "a=b=c", "a=1,", "a b=1"] {
+            assert_eq!(Tags::parse(bad), None, "{bad}");
         }
     }
 

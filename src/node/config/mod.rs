@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use args::{DevArgs, ServerArgs};
-pub use human::{Addresses, ByteSize, ClientAuth, LogFilter, LogFormat};
+pub use human::{Addresses, ByteSize, ClientAuth, LogFilter, LogFormat, Tags};
 use table::{SECTIONS, SETTINGS, Setting};
 
 use crate::raft::RaftTimings;
@@ -40,6 +40,7 @@ pub struct NodeSection {
     pub data_dir: PathBuf,
     pub drain_timeout: Duration,
     pub zone: Option<String>,
+    pub tags: Option<Tags>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -48,6 +49,7 @@ pub struct ClusterSection {
     pub bootstrap: bool,
     pub join: Option<Addresses>,
     pub token_file: Option<PathBuf>,
+    pub replace_after: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -106,6 +108,8 @@ pub struct RaftSection {
     pub heartbeat: Duration,
     pub election_min: Duration,
     pub election_max: Duration,
+    /// Bytes a second; 0: no bound.
+    pub snapshot_rate: ByteSize,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -129,12 +133,14 @@ impl Default for Config {
                 data_dir: PathBuf::new(),
                 drain_timeout: Duration::from_secs(20),
                 zone: None,
+                tags: None,
             },
             cluster: ClusterSection {
                 name: "mainstem".into(),
                 bootstrap: false,
                 join: None,
                 token_file: None,
+                replace_after: Duration::from_secs(300),
             },
             listen: ListenSection {
                 client: SocketAddr::from(([127, 0, 0, 1], 7411)),
@@ -182,6 +188,7 @@ impl Default for Config {
                 heartbeat: timings.heartbeat,
                 election_min: timings.election_min,
                 election_max: timings.election_max,
+                snapshot_rate: ByteSize::mib(128),
             },
             clock: ClockSection {
                 max_offline: Duration::from_secs(7 * 24 * 3_600),

@@ -19,6 +19,7 @@ pub fn check(config: &Config) -> Vec<String> {
     cluster(config, &mut wrong);
     windows(config, &mut wrong);
     storage(config, &mut wrong);
+    raft(config, &mut wrong);
     wrong
 }
 
@@ -190,6 +191,19 @@ fn windows(config: &Config, wrong: &mut Vec<String>) {
     let limits = &config.limits;
     if limits.connection_window < limits.stream_window {
         wrong.push("limits.connection_window is smaller than limits.stream_window; allowed: at least as large".into());
+    }
+}
+
+/// A piece of a snapshot has up to 2 MiB: a slower one looks as if it had stopped.
+const SNAPSHOT_RATE_MIN: u64 = 1 << 20;
+
+fn raft(config: &Config, wrong: &mut Vec<String>) {
+    let rate = config.raft.snapshot_rate.0;
+    if rate > 0 && rate < SNAPSHOT_RATE_MIN {
+        wrong.push(format!(
+            "raft.snapshot_rate is {rate} bytes a second: a replica would hardly ever be rebuilt; give at least 1MiB, or 0 \
+             for as fast as it goes"
+        ));
     }
 }
 

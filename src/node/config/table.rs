@@ -119,7 +119,7 @@ macro_rules! settings {
     };
 }
 
-use super::human::{Addresses, ByteSize, ClientAuth, LogFilter, LogFormat};
+use super::human::{Addresses, ByteSize, ClientAuth, LogFilter, LogFormat, Tags};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -134,6 +134,9 @@ settings! {
     node.zone: Option<String>, "zone", "MAINSTEM_ZONE", None,
         "What fails together with this node: a rack, a room, a data centre. Replicas are spread over zones.";
 
+    node.tags: Option<Tags>, "tags", "MAINSTEM_TAGS", None,
+        "What placement may ask of this node, KEY=VALUE with commas between, such as disk=ssd,rack=7: `stream create --placement tag:disk=ssd`.";
+
     cluster.name: String, "cluster-name", "MAINSTEM_CLUSTER_NAME", None,
         "The cluster's name. Nodes of another name are refused.";
     cluster.bootstrap: bool, "bootstrap", "MAINSTEM_BOOTSTRAP", None,
@@ -142,6 +145,8 @@ settings! {
         "Join a cluster through any of these nodes: HOST:PORT of their peer listeners, with commas between. On a data directory that is in a cluster already: just a restart.";
     cluster.token_file: Option<PathBuf>, "token-file", "MAINSTEM_TOKEN_FILE", None,
         "A file with the cluster's token, the same on every node: who holds it is let in. It is proven, never sent. Only nodes that all listen on loopback may go without.";
+    cluster.replace_after: Duration, "replace-after", "MAINSTEM_REPLACE_AFTER", Some(("1s", "30days")),
+        "With --bootstrap: how long a node may be gone before its replicas are made anew on others. Set once, when the cluster is founded.";
 
     listen.client: SocketAddr, "listen", "MAINSTEM_LISTEN", None,
         "For clients: gRPC.";
@@ -221,6 +226,8 @@ settings! {
         "A follower asks for votes after a silence of election_max and then a time between election_min …";
     raft.election_max: Duration, "raft-election-max", "MAINSTEM_RAFT_ELECTION_MAX", Some(("60ms", "2m")),
         "… and election_max.";
+    raft.snapshot_rate: ByteSize, "raft-snapshot-rate", "MAINSTEM_RAFT_SNAPSHOT_RATE", Some(("0", "1TiB")),
+        "Most bytes a second that this node sends of snapshots, to replicas that are new or too far behind for the log, of all of them together; and as many that it receives. At least 1MiB, or 0: as fast as it goes. What a replica has already does not travel, and reading it to find that out counts a quarter.";
 
     clock.max_offline: Duration, "clock-max-offline", "MAINSTEM_CLOCK_MAX_OFFLINE", Some(("1m", "100years")),
         "A start is believed to be no longer after the last run than this. When the wall clock says more (or less than nothing), the `clock_jump` alarm is on, nothing expires and time goes on from the last run, until the clock is put right or accepted. A week: longer than most repairs take, shorter than the jumps that broken clocks make.";

@@ -288,3 +288,17 @@ fn settings_that_contradict_each_other_are_refused() {
     let error = load(&[], &[]).unwrap().check().unwrap_err().to_string();
     assert!(error.contains("--data-dir DIR, MAINSTEM_DATA_DIR"), "{error}");
 }
+
+#[test]
+fn the_rate_of_snapshots_has_its_edges() {
+    let refused = |rate: &str| check(&["--raft-snapshot-rate", rate]);
+    assert_eq!(Config::default().raft.snapshot_rate, ByteSize::mib(128));
+    for (rate, bytes) in [("0", 0), ("1MiB", 1 << 20), ("1TiB", 1 << 40)] {
+        let loaded = load(&["--raft-snapshot-rate", rate], &[]).unwrap();
+        assert_eq!(loaded.config.raft.snapshot_rate, ByteSize(bytes));
+        assert_eq!(refused(rate), "", "{rate}");
+    }
+    assert!(refused("1048575").contains("at least 1MiB"));
+    assert!(refused("1").contains("0 for as fast as it goes"));
+    assert!(load(&["--raft-snapshot-rate", "2TiB"], &[]).is_err());
+}

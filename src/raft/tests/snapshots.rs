@@ -34,7 +34,7 @@ fn export(store: &Store) -> Vec<u8> {
         out.extend_from_slice(&chunk);
         true
     };
-    tokio::task::block_in_place(|| store.state().export_group(GROUP, |_| (), move || Some(sink))).unwrap();
+    tokio::task::block_in_place(|| store.state().export_group(GROUP, sink)).unwrap();
     out
 }
 

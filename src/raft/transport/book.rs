@@ -16,6 +16,8 @@ pub struct KnownPeer {
     pub store_id: u128,
     /// The highest seen.
     pub incarnation: u64,
+    /// The random number of that start; 0: not known.
+    pub start: u64,
 }
 
 /// Keeps what is remembered beyond a restart. Called from the transport's tasks: must be quick and must not block.
@@ -57,8 +59,9 @@ impl PeerBook {
         }
     }
 
-    /// Takes note of a peer that has proven the token, or says why it is not let in.
-    pub fn admit(&self, peer: KnownPeer) -> Result<(), Refusal> {
+    /// Takes note of a peer that has proven the token, or says why it is not let in. `starts` are the starts that it
+    /// knows of, this one last: the one seen here must be among them, or be too long ago for that.
+    pub fn admit(&self, peer: KnownPeer, starts: &[u64]) -> Result<(), Refusal> {
         let new = {
             let mut known = self.known.lock();
             match known.get_mut(&peer.node) {
@@ -76,8 +79,18 @@ impl PeerBook {
                         given: peer.incarnation,
                     });
                 }
+                Some(seen)
+                    if seen.start != 0
+                        && !starts.contains(&seen.start)
+                        && peer.incarnation - seen.incarnation < starts.len() as u64 =>
+                {
+                    return Err(Refusal::OtherPast {
+                        node: peer.node,
+                        known: seen.incarnation,
+                    });
+                }
                 Some(seen) => {
-                    let higher = seen.incarnation < peer.incarnation;
+                    let higher = seen.incarnation < peer.incarnation || seen.start != peer.start;
                     *seen = peer;
                     higher
                 }

@@ -1,7 +1,11 @@
 //! Settings of the transport, and who this node is.
 
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::ClientTlsConfig;
 
 use crate::model::NodeId;
@@ -15,6 +19,19 @@ pub struct PeerIdentity {
     pub store_id: u128,
     /// Raised at each start: tells an older copy of a disk.
     pub incarnation: u64,
+    /// A random number for each start, this one's last: tells an older copy that was started as often since.
+    pub starts: Vec<u64>,
+}
+
+/// A connection to a peer.
+pub trait PeerStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> PeerStream for S {}
+
+/// Makes connections to peers by another way than TCP.
+pub trait Dial: std::fmt::Debug + Send + Sync {
+    /// Connects to an address as the [`PeerMap`](super::PeerMap) has it.
+    fn dial(&self, address: &str) -> BoxFuture<'static, io::Result<Box<dyn PeerStream>>>;
 }
 
 /// Settings of the transport.
@@ -27,6 +44,8 @@ pub struct PeerConfig {
     pub allow_empty_token: bool,
     /// Certificates to speak with peers by; `None`: without TLS.
     pub tls: Option<ClientTlsConfig>,
+    /// The way to the peers; `None`: TCP.
+    pub dial: Option<Arc<dyn Dial>>,
     /// A connection that is not made in this time has failed.
     pub connect_timeout: Duration,
     /// A handshake that is not done in this time has failed.
@@ -53,7 +72,7 @@ pub struct PeerConfig {
     pub frame_bytes_max: usize,
     /// Sessions and transfers that may be open to this node at a time.
     pub sessions_max: usize,
-    /// Most bytes of snapshots sent per second, of all transfers; 0: as fast as it goes.
+    /// Most bytes of snapshots sent per second, of all transfers together, and as many received; 0: as fast as it goes.
     pub snapshot_bytes_per_second: u64,
     /// A transfer is given up when nothing moves for so long.
     pub snapshot_stall_timeout: Duration,
@@ -81,6 +100,7 @@ impl PeerConfig {
             token: token.into(),
             allow_empty_token: false,
             tls: None,
+            dial: None,
             connect_timeout: Duration::from_secs(2),
             handshake_timeout: Duration::from_secs(5),
             keepalive_interval: Duration::from_secs(2),

@@ -13,10 +13,12 @@ use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::Raft;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest};
 use parking_lot::Mutex;
+use prost::Message as _;
 use tokio::sync::Semaphore;
 
 use super::append::REQUESTS_MAX;
 use super::convert;
+use super::counts::received_bytes;
 use super::outbox::{Lane, Outbox};
 use super::service::Services;
 use super::session::SERVICE_CALLS_MAX;
@@ -39,6 +41,11 @@ pub(in crate::raft) type RaftHandle = Raft<Mainstem, GroupMachine>;
 pub(in crate::raft) trait Replicas: Send + Sync + 'static {
     /// The replica, if it runs here. The text of an error is for the caller's log.
     fn find(&self, group: GroupId, replica: ReplicaId) -> Result<RaftHandle, String>;
+
+    /// The replica of a group here has taken a heartbeat of the leader.
+    fn heard_leader(&self, group: GroupId);
+    /// Whether the replica here must not begin with the entries from this one on: it waits for a snapshot.
+    fn refuses(&self, group: GroupId, from: u64) -> bool;
 }
 
 /// Requests of one stream on their way to the replica.
@@ -109,7 +116,8 @@ pub(super) struct Dispatch {
     /// Calls of services that may be under way.
     service_calls: Arc<Semaphore>,
     outbox: Outbox,
-    streams: HashMap<u64, RequestQueue>,
+    received: metrics::Counter,
+    streams: HashMap<u64, (GroupId, RequestQueue)>,
     answers: SelectAll<Answers>,
     calls: FuturesUnordered<BoxFuture<'static, pb::CallAnswer>>,
 }
@@ -122,6 +130,7 @@ impl Dispatch {
             services,
             service_calls: Arc::new(Semaphore::new(SERVICE_CALLS_MAX)),
             outbox,
+            received: received_bytes(),
             streams: HashMap::new(),
             answers: SelectAll::new(),
             calls: FuturesUnordered::new(),
@@ -163,7 +172,7 @@ impl Dispatch {
     }
 
     fn close(&mut self, stream: u64) {
-        if let Some(queue) = self.streams.remove(&stream) {
+        if let Some((_, queue)) = self.streams.remove(&stream) {
             queue.close();
         }
     }
@@ -173,13 +182,22 @@ impl Dispatch {
         if frame.handshake.is_some() {
             return Err("a handshake in the middle of a session");
         }
+        self.received.increment(frame.encoded_len() as u64);
         for message in frame.messages {
             match message.kind {
                 Some(pb::peer_message::Kind::Append(append)) => self.append(append)?,
                 Some(pb::peer_message::Kind::AppendEnd(end)) => self.close(end.stream),
                 Some(pb::peer_message::Kind::Heartbeat(call)) => {
                     let replica = self.find(call.group_id, call.to_replica);
-                    self.call(call.call, async move { heartbeat(replica?, &call).await }.boxed())?;
+                    let replicas = self.replicas.clone();
+                    let work = async move {
+                        let answer = heartbeat(replica?, &call).await?;
+                        if matches!(answer.result, Some(pb::heartbeat_answer::Result::Success(_))) {
+                            replicas.heard_leader(GroupId::new(call.group_id));
+                        }
+                        Ok(pb::call_answer::Result::Heartbeat(answer))
+                    };
+                    self.call(call.call, work.boxed())?;
                 }
                 Some(pb::peer_message::Kind::Vote(call)) => {
                     let replica = self.find(call.group_id, call.to_replica);
@@ -244,7 +262,7 @@ impl Dispatch {
             match self.find(open.group_id, open.to_replica) {
                 Ok(raft) => {
                     let queue = RequestQueue::default();
-                    self.streams.insert(id, queue.clone());
+                    self.streams.insert(id, (GroupId::new(open.group_id), queue.clone()));
                     let answers = raft.stream_append(queue).map(move |result| match result {
                         Ok(result) => (id, convert::appended_to_pb(&result)),
                         Err(fatal) => (id, pb::appended::Result::Error(fatal.to_string())),
@@ -260,22 +278,35 @@ impl Dispatch {
             }
         }
         // One that has ended here: the caller knows by now, or soon.
-        let Some(queue) = self.streams.get(&id) else {
+        let Some((group, queue)) = self.streams.get(&id) else {
             return Ok(());
         };
-        match convert::append_from_pb(append) {
+        let request = convert::append_from_pb(append).map_err(|e| e.to_string());
+        let request = request.and_then(|request| match begins_a_log(&request) {
+            Some(from) if self.replicas.refuses(*group, from) => Err(format!(
+                "{group}: the replica here is empty, and takes a snapshot, not entry {from}"
+            )),
+            Some(_) | None => Ok(request),
+        });
+        match request {
             Ok(request) => queue
                 .push(request)
                 .then_some(())
                 .ok_or("more requests than the window allows"),
-            Err(e) => {
+            Err(text) => {
                 self.close(id);
-                self.appended(id, pb::appended::Result::Error(e.to_string()))
+                self.appended(id, pb::appended::Result::Error(text))
                     .then_some(())
                     .ok_or("it reads no answers")
             }
         }
     }
+}
+
+/// The first entry of a request that has nothing before it.
+fn begins_a_log(request: &AppendEntriesRequest<Mainstem>) -> Option<u64> {
+    let first = request.entries.first()?;
+    request.prev_log_id.is_none().then_some(first.log_id.index)
 }
 
 /// About what an answer takes on the wire.
@@ -290,13 +321,13 @@ fn answer_bytes(answer: &pb::CallAnswer) -> usize {
 
 impl Drop for Dispatch {
     fn drop(&mut self) {
-        for queue in self.streams.values() {
+        for (_, queue) in self.streams.values() {
             queue.close();
         }
     }
 }
 
-async fn heartbeat(raft: RaftHandle, call: &pb::Heartbeat) -> Result<pb::call_answer::Result, String> {
+async fn heartbeat(raft: RaftHandle, call: &pb::Heartbeat) -> Result<pb::HeartbeatAnswer, String> {
     let request = convert::heartbeat_from_pb(call).map_err(|e| e.to_string())?;
     let answer = raft.append_entries(request).await.map_err(|e| e.to_string())?;
     let result = match answer {
@@ -306,9 +337,7 @@ async fn heartbeat(raft: RaftHandle, call: &pb::Heartbeat) -> Result<pb::call_an
         AppendEntriesResponse::Conflict => pb::heartbeat_answer::Result::Conflict(pb::Blank {}),
         AppendEntriesResponse::HigherVote(vote) => pb::heartbeat_answer::Result::HigherVote(vote_to_pb(&vote)),
     };
-    Ok(pb::call_answer::Result::Heartbeat(pb::HeartbeatAnswer {
-        result: Some(result),
-    }))
+    Ok(pb::HeartbeatAnswer { result: Some(result) })
 }
 
 async fn vote(raft: RaftHandle, call: &pb::VoteCall) -> Result<pb::call_answer::Result, String> {

@@ -44,6 +44,12 @@ pub enum Refusal {
     )]
     OlderIncarnation { node: NodeId, known: u64, given: u64 },
     #[error(
+        "node {node} knows nothing of its start as incarnation {known}, which was seen: this is an older copy of its \
+         disk, which was started again; stop it, and start the newest one, or let it join with an empty disk as a new \
+         node and remove the old one"
+    )]
+    OtherPast { node: NodeId, known: u64 },
+    #[error(
         "node {node} speaks peer protocol {their_min} to {their_max}, this one {PROTOCOL_MIN} to {PROTOCOL_MAX}: they \
          have none in common; upgrade the older one first"
     )]
@@ -69,7 +75,7 @@ impl Refusal {
             Refusal::OtherNode { .. } => pb::PeerRefusal::OtherNode,
             Refusal::Token { .. } => pb::PeerRefusal::Token,
             Refusal::OtherStore { .. } => pb::PeerRefusal::OtherStore,
-            Refusal::OlderIncarnation { .. } => pb::PeerRefusal::OlderIncarnation,
+            Refusal::OlderIncarnation { .. } | Refusal::OtherPast { .. } => pb::PeerRefusal::OlderIncarnation,
             Refusal::Protocol { .. } => pb::PeerRefusal::Protocol,
             Refusal::Malformed(_) => pb::PeerRefusal::Malformed,
             Refusal::Busy => pb::PeerRefusal::Busy,
@@ -99,6 +105,7 @@ fn hello(identity: &PeerIdentity, to: NodeId) -> pb::PeerHello {
         protocol_max: PROTOCOL_MAX,
         nonce: rand::random::<[u8; NONCE_BYTES]>().to_vec().into(),
         to_node_id: to.get(),
+        starts: identity.starts.clone(),
     }
 }
 
@@ -119,6 +126,9 @@ fn transcript(role: &[u8], caller: &pb::PeerHello, called: &pb::PeerHello) -> Ve
         part(&hello.protocol_max.to_be_bytes());
         part(&hello.nonce);
         part(&hello.to_node_id.to_be_bytes());
+        for start in &hello.starts {
+            part(&start.to_be_bytes());
+        }
     }
     out
 }
@@ -154,6 +164,9 @@ fn check_hello(config: &PeerConfig, theirs: &pb::PeerHello) -> Result<(KnownPeer
             own: config.identity.cluster_id.clone(),
         });
     }
+    if theirs.starts.len() > crate::storage::STARTS_MAX {
+        return Err(Refusal::Malformed("it tells of too many starts"));
+    }
     let protocol = theirs.protocol_max.min(PROTOCOL_MAX);
     if protocol < theirs.protocol_min.max(PROTOCOL_MIN) {
         return Err(Refusal::Protocol {
@@ -166,6 +179,7 @@ fn check_hello(config: &PeerConfig, theirs: &pb::PeerHello) -> Result<(KnownPeer
         node,
         store_id,
         incarnation: theirs.incarnation,
+        start: theirs.starts.last().copied().unwrap_or(0),
     };
     Ok((peer, protocol))
 }
@@ -216,7 +230,7 @@ impl Caller {
         if !holds(&config.token, CALLED, &self.own, &theirs, &welcome.proof) {
             return Err(Refusal::Token { node: peer.node });
         }
-        book.admit(peer)?;
+        book.admit(peer, &theirs.starts)?;
         let proof = prove(&config.token, CALLER, &self.own, &theirs);
         let proof = pb::PeerProof { proof: proof.into() };
         Ok((peer, step(pb::handshake::Step::Proof(proof))))
@@ -289,7 +303,7 @@ impl Called {
         if !holds(&config.token, CALLER, &self.theirs, &self.own, &proof) {
             return Err(Refusal::Token { node: self.peer.node });
         }
-        book.admit(self.peer)?;
+        book.admit(self.peer, &self.theirs.starts)?;
         let accepted = pb::PeerAccepted {
             protocol: self.protocol,
         };
@@ -313,6 +327,7 @@ mod tests {
             node: NodeId::new(node),
             store_id: u128::from(node) << 64,
             incarnation: 10,
+            starts: Vec::new(),
         };
         PeerConfig::new(identity, "secret")
     }
@@ -410,6 +425,34 @@ mod tests {
         two.identity.store_id = 2 << 64;
         shake((&one, &seen), (&two, &book()), 2).0.unwrap();
         assert_eq!(seen.all().iter().map(|p| p.incarnation).collect::<Vec<_>>(), [13]);
+    }
+
+    /// A copy of the disk from before the last start, started once, comes with the same incarnation; started again and
+    /// again, with any. What it cannot know is the number of the start that it never made.
+    #[test]
+    fn an_older_copy_is_refused_however_often_it_is_started() {
+        let (one, mut two) = (config(1), config(2));
+        let seen = book();
+        two.identity.starts = vec![71, 72];
+        shake((&one, &seen), (&two, &book()), 2).0.unwrap();
+        let mut copy = two.clone();
+        (two.identity.incarnation, two.identity.starts) = (11, vec![71, 72, 73]);
+        shake((&two, &book()), (&one, &seen), 1).1.unwrap();
+        shake((&one, &seen), (&two, &book()), 2).0.unwrap();
+        for start in 0..5 {
+            copy.identity.incarnation += 1;
+            copy.identity.starts.push(80 + start);
+            let refusal = shake((&one, &seen), (&copy, &book()), 2).0.unwrap_err();
+            assert!(matches!(refusal, Refusal::OtherPast { known: 11, .. }), "{refusal}");
+            let refusal = shake((&copy, &book()), (&one, &seen), 1).1.unwrap_err();
+            assert_eq!(refusal.to_pb().reason(), pb::PeerRefusal::OlderIncarnation, "{refusal}");
+        }
+        // The right one goes on, also after starts that were not seen here.
+        (two.identity.incarnation, two.identity.starts) = (14, vec![72, 73, 74, 75, 76]);
+        shake((&one, &seen), (&two, &book()), 2).0.unwrap();
+        // What it forgot in the meantime cannot be asked for.
+        (two.identity.incarnation, two.identity.starts) = (20, vec![78, 79]);
+        shake((&one, &seen), (&two, &book()), 2).0.unwrap();
     }
 
     #[test]

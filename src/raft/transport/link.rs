@@ -4,20 +4,24 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::TryFutureExt as _;
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use rand::Rng as _;
-use tokio::sync::watch;
+use tokio::net::TcpStream;
+use tokio::sync::{broadcast, watch};
 use tonic::transport::{Channel, Endpoint};
 
 use super::book::{KnownPeer, NoMemory, PeerBook, PeerMemory};
 use super::config::{PeerConfig, PeerConfigError};
+use super::counts::Up;
 use super::handshake::{Caller, Refusal, refused};
 use super::map::PeerMap;
 use super::outbox::Outbox;
 use super::service::Services;
 use super::session::Session;
-use super::snapshot_send::Transfers;
-use crate::base::Tasks;
+use super::snapshot_progress::{SnapshotProgress, SnapshotWay, Transfers};
+use crate::base::{Tasks, error_chain};
 use crate::model::limits::GRPC_MESSAGE_BYTES_MAX;
 use crate::model::{NodeId, ReplicaId};
 use crate::wire::internal as pb;
@@ -30,6 +34,10 @@ const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 /// A session that lived for so long was a good one: the next attempt is made at once.
 const GOOD_SESSION: Duration = Duration::from_secs(5);
+/// Pauses before each look whether a node whose session has ended still listens.
+const PROBES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(5), Duration::from_millis(15)];
+/// Ends of nodes that a slow listener may be behind by.
+const ENDED_MAX: usize = 64;
 
 /// Where a link is.
 #[derive(Clone)]
@@ -61,6 +69,8 @@ pub(super) struct PeersInner {
     links: Mutex<HashMap<NodeId, watch::Sender<LinkState>>>,
     /// The node to which a session was made last, and how many were made.
     connected: watch::Sender<(u64, NodeId)>,
+    /// Nodes whose process has ended.
+    ended: broadcast::Sender<NodeId>,
 }
 
 /// The peers of this node: the calling side. Clones are the same.
@@ -96,6 +106,7 @@ impl Peers {
             tasks: Tasks::new("peers"),
             links: Mutex::default(),
             connected: watch::Sender::new((0, NodeId::new(0))),
+            ended: broadcast::Sender::new(ENDED_MAX),
         })))
     }
 
@@ -122,6 +133,20 @@ impl Peers {
     /// Wakes with the node whenever a session was made.
     pub fn connected(&self) -> watch::Receiver<(u64, NodeId)> {
         self.0.connected.subscribe()
+    }
+
+    /// Tells of nodes to which the session has ended and that refuse connections since: whose process is gone, as far as
+    /// can be seen from here.
+    pub(in crate::raft) fn ended(&self) -> broadcast::Receiver<NodeId> {
+        self.0.ended.subscribe()
+    }
+
+    /// Keeps a session with the node of a replica, so that its end is heard of.
+    pub(in crate::raft) fn keep_up_with(&self, replica: ReplicaId) {
+        if let Some(node) = self.0.map.node_of(replica).filter(|node| *node != self.node()) {
+            // It fails only while this node stops.
+            drop(self.link(node));
+        }
     }
 
     /// The state of every link that was needed so far.
@@ -151,7 +176,14 @@ impl Peers {
     }
 
     /// The transfers of snapshots from this node that run.
-    pub fn transfers(&self) -> Vec<super::TransferProgress> {
+    pub fn transfers(&self) -> Vec<SnapshotProgress> {
+        let mut all = self.snapshots();
+        all.retain(|snapshot| snapshot.way == SnapshotWay::Sent);
+        all
+    }
+
+    /// The snapshots that travel from and to this node.
+    pub fn snapshots(&self) -> Vec<SnapshotProgress> {
         self.0.transfers.all()
     }
 
@@ -235,9 +267,14 @@ impl PeersInner {
                         *last = node;
                     });
                     let begun = Instant::now();
+                    let _up = Up::new();
                     let reason = self.serve(node, &address, &session, serving).await;
                     session.end(reason.clone());
                     tracing::info!(%node, address, reason, "the session with a peer ended");
+                    if self.refuses(&address).await {
+                        // Nobody may be listening.
+                        let _ = self.ended.send(node);
+                    }
                     if begun.elapsed() >= GOOD_SESSION {
                         pause = self.config.reconnect_min;
                         state.send_replace(LinkState::Connecting);
@@ -301,6 +338,27 @@ impl PeersInner {
         }
     }
 
+    /// Whether nobody listens at an address any more. A process that is being killed may take a moment to let go of it.
+    async fn refuses(&self, address: &str) -> bool {
+        for pause in PROBES {
+            tokio::time::sleep(pause).await;
+            let attempt = tokio::time::timeout(self.config.connect_timeout, self.probe(address));
+            match attempt.await {
+                Ok(Err(e)) => return e.kind() == std::io::ErrorKind::ConnectionRefused,
+                Ok(Ok(_)) => {}
+                Err(_) => return false,
+            }
+        }
+        false
+    }
+
+    async fn probe(&self, address: &str) -> std::io::Result<()> {
+        match &self.config.dial {
+            None => TcpStream::connect(address).await.map(drop),
+            Some(dial) => dial.dial(address).await.map(drop),
+        }
+    }
+
     /// Connects without calling anything.
     pub async fn channel(&self, address: &str) -> Result<Channel, String> {
         let scheme = if self.config.tls.is_some() { "https" } else { "http" };
@@ -314,9 +372,17 @@ impl PeersInner {
             .keep_alive_timeout(self.config.keepalive_timeout)
             .keep_alive_while_idle(true);
         if let Some(tls) = &self.config.tls {
-            endpoint = endpoint.tls_config(tls.clone()).map_err(|e| chain(&e))?;
+            endpoint = endpoint.tls_config(tls.clone()).map_err(|e| error_chain(&e))?;
         }
-        endpoint.connect().await.map_err(|e| chain(&e))
+        let connected = match self.config.dial.clone() {
+            None => endpoint.connect().await,
+            Some(dial) => {
+                let address = address.to_owned();
+                let connector = tower::service_fn(move |_| dial.dial(&address).map_ok(TokioIo::new));
+                endpoint.connect_with_connector(connector).await
+            }
+        };
+        connected.map_err(|e| error_chain(&e))
     }
 
     async fn connect(
@@ -379,22 +445,18 @@ async fn address_changes(map: &PeerMap, changes: &mut watch::Receiver<u64>, node
     }
 }
 
-/// An error with everything under it.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
 /// A status as a reason.
 pub(super) fn describe(status: &tonic::Status) -> String {
     use std::error::Error as _;
     match status.source() {
-        Some(source) => format!("{}: {}", status.message(), chain(source)),
+        Some(source) => {
+            let (text, chain) = (status.message(), error_chain(source));
+            if chain.starts_with(text) {
+                chain
+            } else {
+                format!("{text}: {chain}")
+            }
+        }
         None => format!("{:?}: {}", status.code(), status.message()),
     }
 }

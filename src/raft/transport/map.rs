@@ -63,13 +63,6 @@ impl PeerMap {
         }
     }
 
-    /// Forgets a replica.
-    pub fn remove_replica(&self, replica: ReplicaId) {
-        self.change(|t| {
-            t.replicas.remove(&replica);
-        });
-    }
-
     /// Replaces everything.
     pub fn replace(
         &self,
@@ -91,19 +84,6 @@ impl PeerMap {
     /// Where a node listens.
     pub fn address(&self, node: NodeId) -> Option<String> {
         self.table.read().nodes.get(&node).cloned()
-    }
-
-    /// The replicas of a node.
-    pub fn replicas_on(&self, node: NodeId) -> Vec<ReplicaId> {
-        let table = self.table.read();
-        let mut found: Vec<_> = table
-            .replicas
-            .iter()
-            .filter(|(_, n)| **n == node)
-            .map(|(r, _)| *r)
-            .collect();
-        found.sort();
-        found
     }
 
     /// Wakes on every change.

@@ -11,8 +11,10 @@
 //! | `link.rs` | one session per peer, reconnected with backoff |
 //! | `server.rs`, `dispatch.rs` | the called side: handshake, routing to the replicas here, answers |
 //! | `service.rs` | calls of the layers above, over the same sessions |
+//! | `counts.rs` | what is counted of sessions |
 //! | `network.rs` | openraft's network traits over all that |
 //! | `snapshot_send.rs`, `snapshot_receive.rs` | the state of a group for a replica that fell behind |
+//! | `snapshot_progress.rs` | the snapshots that travel, and the rates they share |
 //!
 //! Of every ordered pair of nodes one gRPC stream carries the requests of all groups. What a peer has not answered yet
 //! is bounded in bytes per append stream and per peer, on both sides by the same number, because a request holds its
@@ -23,6 +25,7 @@ mod append;
 mod book;
 mod config;
 mod convert;
+mod counts;
 mod dispatch;
 mod handshake;
 mod link;
@@ -32,17 +35,18 @@ mod outbox;
 mod server;
 mod service;
 mod session;
+mod snapshot_progress;
 mod snapshot_receive;
 mod snapshot_send;
 
 pub use book::{KnownPeer, NoMemory, PeerMemory};
-pub use config::{PeerConfig, PeerConfigError, PeerIdentity};
+pub use config::{Dial, PeerConfig, PeerConfigError, PeerIdentity, PeerStream};
 pub use handshake::Refusal;
 pub use link::{LinkReport, Peers};
 pub use map::PeerMap;
 pub use server::PeerServer;
 pub use service::{CallError, CallFailure, CallUnderWay, PeerMethod, PeerService};
-pub use snapshot_send::TransferProgress;
+pub use snapshot_progress::{SnapshotPhase, SnapshotProgress, SnapshotWay};
 
 pub(super) use dispatch::{RaftHandle, Replicas};
 pub(super) use network::PeerNetwork;

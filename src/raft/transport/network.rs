@@ -34,6 +34,8 @@ type CallResult = pb::call_answer::Result;
 /// Pauses between attempts to reach a replica whose node is down. Ended early when its node is connected again.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(2);
+/// The first pause, doubling, before a vote is asked for again that could not be given.
+const INSIST_MIN: Duration = Duration::from_millis(2);
 
 /// Makes the connections of one group. Without peers, every other replica is unreachable: a group with one voter never
 /// asks.
@@ -99,12 +101,44 @@ impl PeerConnection {
     async fn call(
         &self,
         option: &RPCOption,
-        make: impl FnOnce(u64) -> pb::peer_message::Kind,
+        make: impl Fn(u64) -> pb::peer_message::Kind,
     ) -> Result<CallResult, RpcError> {
         let work = async {
             let session = self.session(option).await?;
-            session.call(make).await.map_err(unreachable)
+            session.call(&make).await.map_err(unreachable)
         };
+        self.in_time(option, work).await
+    }
+
+    /// As [`call`](Self::call), made again while the other node says that it cannot be served: the replica of a group
+    /// that is being formed may be about to start there.
+    async fn insist(
+        &self,
+        option: &RPCOption,
+        make: impl Fn(u64) -> pb::peer_message::Kind,
+    ) -> Result<CallResult, RpcError> {
+        let work = async {
+            let mut pause = INSIST_MIN;
+            loop {
+                let session = self.session(option).await?;
+                match session.call(&make).await.map_err(unreachable)? {
+                    CallResult::Error(_) => tokio::time::sleep(pause).await,
+                    answer @ (CallResult::Vote(_)
+                    | CallResult::Heartbeat(_)
+                    | CallResult::Transfer(_)
+                    | CallResult::Service(_)) => return Ok(answer),
+                }
+                pause *= 2;
+            }
+        };
+        self.in_time(option, work).await
+    }
+
+    async fn in_time(
+        &self,
+        option: &RPCOption,
+        work: impl Future<Output = Result<CallResult, RpcError>>,
+    ) -> Result<CallResult, RpcError> {
         match tokio::time::timeout(option.hard_ttl(), work).await {
             Ok(Ok(CallResult::Error(text))) => Err(unreachable(text)),
             Ok(result) => result,
@@ -123,7 +157,7 @@ impl PeerConnection {
         pre_vote: bool,
     ) -> Result<VoteResponse<Mainstem>, RpcError> {
         let answer = self
-            .call(option, |call| {
+            .insist(option, |call| {
                 pb::peer_message::Kind::Vote(pb::VoteCall {
                     call,
                     group_id: self.group.get(),

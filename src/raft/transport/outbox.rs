@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 use futures_util::Stream;
 use parking_lot::Mutex;
 
+use super::counts::sent_bytes;
 use crate::wire::internal as pb;
 
 /// Messages of a lane; a peer for which this many wait reads nothing.
@@ -50,6 +51,7 @@ impl Outbox {
         let frames = Frames {
             queue: queue.clone(),
             frame_bytes_max,
+            sent: sent_bytes(),
         };
         (Self { queue }, frames)
     }
@@ -135,6 +137,7 @@ impl Outbox {
 pub(super) struct Frames {
     queue: Arc<Mutex<Queue>>,
     frame_bytes_max: usize,
+    sent: metrics::Counter,
 }
 
 impl Frames {
@@ -166,6 +169,7 @@ impl Frames {
             }
         }
         if !messages.is_empty() {
+            self.sent.increment(bytes as u64);
             return Poll::Ready(Some(pb::PeerFrame {
                 handshake: None,
                 messages,

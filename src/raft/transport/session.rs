@@ -4,14 +4,16 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::append::REQUESTS_MAX;
 use super::config::PeerConfig;
+use super::counts::CallCounts;
 use super::outbox::{Lane, Outbox};
 use crate::model::{GroupId, NodeId, ReplicaId};
 use crate::wire::internal as pb;
@@ -53,6 +55,7 @@ pub(super) struct Session {
     calls: Mutex<HashMap<u64, Waiting>>,
     streams: Mutex<HashMap<u64, mpsc::Sender<Option<pb::appended::Result>>>>,
     next: AtomicU64,
+    counts: CallCounts,
     ended: CancellationToken,
     reason: OnceLock<String>,
 }
@@ -73,6 +76,7 @@ impl Session {
             calls: Mutex::default(),
             streams: Mutex::default(),
             next: AtomicU64::new(1),
+            counts: CallCounts::new(),
             ended: CancellationToken::new(),
             reason: OnceLock::new(),
         })
@@ -108,6 +112,7 @@ impl Session {
         if frame.handshake.is_some() {
             return Err("a handshake in the middle of a session");
         }
+        self.counts.received(frame.encoded_len());
         for message in frame.messages {
             match message.kind {
                 Some(pb::peer_message::Kind::Appended(appended)) => {
@@ -147,7 +152,10 @@ impl Session {
         self: &Arc<Self>,
         make: impl FnOnce(u64) -> pb::peer_message::Kind,
     ) -> Result<CallResult, String> {
-        self.begin(Lane::Urgent, 128, None, make)?.answer().await
+        let begun = Instant::now();
+        let answer = self.begin(Lane::Urgent, 128, None, make)?.answer().await?;
+        self.counts.round_trip(begun.elapsed());
+        Ok(answer)
     }
 
     /// Queues a call of about so many bytes. `Err`: it is not sent and never will be.
@@ -175,6 +183,7 @@ impl Session {
             session: self.clone(),
             id,
             answer,
+            ended: None,
         };
         self.outbox.push(lane, make(id), bytes).map_err(|_| self.reason())?;
         // After it is listed: an end that came in between has cleared the list.
@@ -224,17 +233,22 @@ pub(super) struct Asked {
     session: Arc<Session>,
     id: u64,
     answer: oneshot::Receiver<CallResult>,
+    /// Whether it was answered, once that is known.
+    ended: Option<bool>,
 }
 
 impl Asked {
     /// Waits for the answer. `Err`: the session ended, and the call may or may not have been entered.
     pub async fn answer(mut self) -> Result<CallResult, String> {
-        (&mut self.answer).await.map_err(|_| self.session.reason())
+        let answer = (&mut self.answer).await;
+        self.ended = Some(answer.is_ok());
+        answer.map_err(|_| self.session.reason())
     }
 }
 
 impl Drop for Asked {
     fn drop(&mut self) {
+        self.session.counts.ended(self.ended);
         self.session.calls.lock().remove(&self.id);
     }
 }

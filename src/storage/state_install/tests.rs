@@ -1,14 +1,18 @@
 #![allow(clippy::unwrap_used)]
 use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
 
 use super::super::options::StoreOptions;
+use super::super::state_stage::{INCOMING_DIR, StageError};
 use super::super::store::Store;
 use super::*;
 use crate::model::{StoredBatch, Term, TimeUs};
 
-const GROUP: GroupId = GroupId::new(7);
+pub(in crate::storage) const GROUP: GroupId = GroupId::new(7);
 
-fn open(dir: &Path) -> Arc<Store> {
+pub(in crate::storage) fn open(dir: &Path) -> Arc<Store> {
     let mut options = StoreOptions::new(dir);
     options.min_free_bytes = 0;
     // Values on both sides of the bound are in the files.
@@ -46,38 +50,70 @@ fn fill(store: &Store, shards: &[u64], seed: u64) {
     store.state().flush().unwrap();
 }
 
-fn chunks(store: &Store) -> Vec<Bytes> {
+pub(in crate::storage) fn chunks(store: &Store) -> Vec<Bytes> {
     let mut out = Vec::new();
     let sink = |chunk: Bytes| {
         out.push(chunk);
         true
     };
-    store
-        .state()
-        .export_group(GROUP, |_| (), move || Some(sink))
-        .unwrap()
-        .unwrap();
+    store.state().export_group(GROUP, sink).unwrap().unwrap();
     out
 }
 
-fn stage(store: &Store, chunks: &[Bytes]) -> Result<StagedGroup, StageError> {
-    let mut chunks = chunks.iter().cloned();
-    store.state().stage_group(GROUP, || Ok(chunks.next()))
+pub(in crate::storage) fn shards_of(store: &Store) -> ExportedShards {
+    store
+        .state()
+        .view_group(GROUP, |view| Ok(view.shards().clone()))
+        .unwrap()
 }
 
-fn incoming(dir: &Path) -> usize {
+/// Receives all that `from` has.
+fn stage_all(store: &Store, from: &Store) -> StagedGroup {
+    stage(store, from, &chunks(from)).unwrap()
+}
+
+fn stage(store: &Store, from: &Store, chunks: &[Bytes]) -> Result<StagedGroup, StageError> {
+    let mut chunks = chunks.iter().cloned();
+    store.state().stage_group(GROUP, shards_of(from), || Ok(chunks.next()))
+}
+
+pub(in crate::storage) fn incoming(dir: &Path) -> usize {
     fs::read_dir(dir.join(INCOMING_DIR)).map_or(0, Iterator::count)
 }
 
 fn manifest(staged: &StagedGroup) -> Manifest {
-    Manifest {
-        group: GROUP,
-        applied: LogIndex::new(90),
-        marker: b"new marker".to_vec(),
-        floors: staged.floors.clone(),
-        files: staged.files.clone(),
-    }
+    Manifest::of(staged, LogIndex::new(90), b"new marker", None)
 }
+
+/// Begins the switch, does as many of its steps, and crashes.
+pub(in crate::storage) fn crash_in_install(store: Arc<Store>, staged: StagedGroup, applied: LogIndex, steps: usize) {
+    let state = store.state();
+    let base = state.applied(GROUP).unwrap().map(|(index, _)| index);
+    let manifest = Manifest::of(&staged, applied, b"new marker", base);
+    if !manifest.kept.is_empty() {
+        state.flush().unwrap();
+    }
+    let dir = staged.place.dir.clone();
+    if steps > 0 {
+        identity::write_atomically(&dir, INSTALL_FILE, &manifest.to_text()).unwrap();
+    }
+    if steps > 1 {
+        state.remove_replaced(&manifest).unwrap();
+    }
+    if steps > 2 {
+        state.take_files_over(&dir, &manifest, Family::Index).unwrap();
+    }
+    if steps > 3 {
+        state.take_files_over(&dir, &manifest, Family::Batches).unwrap();
+    }
+    if steps > 4 {
+        state.set_installed(&manifest).unwrap();
+    }
+    drop((staged, store));
+}
+
+/// As many as [`crash_in_install`] knows.
+pub(in crate::storage) const INSTALL_STEPS: usize = 5;
 
 #[test]
 fn an_installed_group_is_the_same_as_its_source_and_nothing_else_changes() {
@@ -89,7 +125,7 @@ fn an_installed_group_is_the_same_as_its_source_and_nothing_else_changes() {
     other.put_shard(ShardId::new(50), GroupId::new(8), b"other");
     to.state().write(other).unwrap();
     let source = chunks(&from);
-    let staged = stage(&to, &source).unwrap();
+    let staged = stage_all(&to, &from);
     assert_ne!(chunks(&to), source, "not visible before");
     let marker = b"new marker";
     to.state().install_group(staged, LogIndex::new(90), marker).unwrap();
@@ -109,50 +145,66 @@ fn an_installed_group_is_the_same_as_its_source_and_nothing_else_changes() {
 }
 
 #[test]
-fn what_was_received_and_not_installed_is_gone_after_a_crash() {
+fn what_was_received_and_not_installed_changes_nothing_and_goes_in_time() {
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let (from, to) = (open(dirs[0].path()), open(dirs[1].path()));
     fill(&from, &[1, 2], 40);
     fill(&to, &[2], 20);
     let before = chunks(&to);
-    let source = chunks(&from);
-    drop(stage(&to, &source).unwrap());
-    assert_eq!(incoming(dirs[1].path()), 0, "also without a crash");
-    std::mem::forget(stage(&to, &source).unwrap());
-    assert_eq!(incoming(dirs[1].path()), 1);
-    drop(to);
+    let staged = stage_all(&to, &from);
+    to.state().sweep_incoming(Duration::ZERO);
+    assert_eq!(incoming(dirs[1].path()), 1, "not what is being received");
+    drop((staged, to));
     let to = open(dirs[1].path());
+    assert_eq!(chunks(&to), before);
+    to.state().sweep_incoming(Duration::from_secs(3_600));
+    assert_eq!(incoming(dirs[1].path()), 1, "it may go on");
+    to.state().sweep_incoming(Duration::ZERO);
+    assert_eq!(incoming(dirs[1].path()), 0);
+    let staged = stage_all(&to, &from);
+    staged.discard();
     assert_eq!(incoming(dirs[1].path()), 0);
     assert_eq!(chunks(&to), before);
 }
 
 #[test]
 fn a_switch_that_was_begun_is_finished_at_the_next_start() {
-    for again in [false, true] {
+    for steps in 0..=INSTALL_STEPS {
         let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let (from, to) = (open(dirs[0].path()), open(dirs[1].path()));
         fill(&from, &[1, 2], 40);
         fill(&to, &[2, 4], 20);
-        let source = chunks(&from);
-        let staged = stage(&to, &source).unwrap();
-        identity::write_atomically(&staged.dir, INSTALL_FILE, &manifest(&staged).to_text()).unwrap();
-        if again {
-            // The crash comes after everything was done, and before that was noted.
-            let manifest = manifest(&staged);
-            let copy = dirs[1].path().join(INCOMING_DIR).join("copy");
-            fs::create_dir(&copy).unwrap();
-            for file in fs::read_dir(&staged.dir).unwrap().map(Result::unwrap) {
-                fs::copy(file.path(), copy.join(file.file_name())).unwrap();
-            }
-            to.state().finish_install(&staged.dir, &manifest).unwrap();
-        }
-        std::mem::forget(staged);
-        drop(to);
+        let (before, source) = (chunks(&to), chunks(&from));
+        let staged = stage_all(&to, &from);
+        crash_in_install(to, staged, LogIndex::new(90), steps);
         let to = open(dirs[1].path());
-        assert_eq!(chunks(&to), source, "again: {again}");
-        assert_eq!(to.state().durable_applied(GROUP), Some(LogIndex::new(90)));
-        assert_eq!(incoming(dirs[1].path()), 0);
+        let begun = steps > 0;
+        assert_eq!(chunks(&to), if begun { source } else { before }, "{steps} steps");
+        let applied = LogIndex::new(if begun { 90 } else { 20 });
+        assert_eq!(to.state().durable_applied(GROUP), Some(applied));
+        assert_eq!(incoming(dirs[1].path()), usize::from(!begun));
     }
+}
+
+#[test]
+fn a_switch_does_not_go_on_over_a_state_that_lost_what_was_to_stay() {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let (from, to) = (open(dirs[0].path()), open(dirs[1].path()));
+    fill(&from, &[1], 40);
+    let mut staged = stage_all(&to, &from);
+    let (begin, _) = crate::storage::keys::batches_of(ShardId::new(1));
+    staged.kept = vec![Stretch {
+        from: Place::new(Family::Batches, begin),
+        to: None,
+    }];
+    let mut manifest = manifest(&staged);
+    manifest.base = Some(LogIndex::new(70));
+    identity::write_atomically(&staged.place.dir, INSTALL_FILE, &manifest.to_text()).unwrap();
+    drop((staged, to));
+    let mut options = StoreOptions::new(dirs[1].path());
+    options.min_free_bytes = 0;
+    let refused = Store::open(options, None).map(|_| ()).unwrap_err();
+    assert!(refused.to_string().contains("install file"), "{refused}");
 }
 
 #[test]
@@ -164,20 +216,28 @@ fn damage_and_what_does_not_belong_are_refused() {
     let mut damaged = source[0].to_vec();
     let middle = damaged.len() / 2;
     damaged[middle] ^= 1;
-    assert!(stage(&to, &[damaged.into()]).is_err());
-    assert!(stage(&to, &[source[0].slice(..source[0].len() - 1)]).is_err());
-    assert!(
-        stage(&to, &[source[0].clone(), source[0].clone()]).is_err(),
-        "out of order"
-    );
-    let other = to.state().stage_group(GroupId::new(8), {
+    let refused = |chunks: &[Bytes]| matches!(stage(&to, &from, chunks), Err(StageError::Refused(_)));
+    assert!(refused(&[damaged.into()]));
+    assert!(refused(&[source[0].slice(..source[0].len() - 1)]));
+    assert!(refused(&[source[0].clone(), source[0].clone()]), "out of order");
+    assert!(refused(&[Bytes::new()]));
+    let state = to.state();
+    let all = || {
         let mut chunks = source.clone().into_iter();
         move || Ok(chunks.next())
-    });
+    };
+    let other = state.stage_group(GroupId::new(8), shards_of(&from), all());
     assert!(matches!(other, Err(StageError::Refused(_))), "{other:?}");
-    let ended = to.state().stage_group(GROUP, || Err("the sender has gone".into()));
+    let unknown = state.stage_group(GROUP, ExportedShards::new(), all());
+    assert!(matches!(unknown, Err(StageError::Refused(_))), "{unknown:?}");
+    let mut floors = shards_of(&from);
+    for floors in floors.values_mut() {
+        floors.batches = Sequence::new(1);
+    }
+    let floors = state.stage_group(GROUP, floors, all());
+    assert!(matches!(floors, Err(StageError::Refused(_))), "{floors:?}");
+    let ended = state.stage_group(GROUP, shards_of(&from), || Err("the sender has gone".into()));
     assert!(matches!(ended, Err(StageError::Ended(_))), "{ended:?}");
-    assert_eq!(incoming(dirs[1].path()), 0);
 }
 
 #[test]
@@ -186,13 +246,20 @@ fn the_install_file_survives_the_round_trip() {
         group: GROUP,
         applied: LogIndex::new(9),
         marker: vec![0, 255, 16],
-        floors: BTreeMap::from([(ShardId::new(3), Floors::default())]),
+        shards: BTreeMap::from([(ShardId::new(3), Floors::default())]),
         files: vec![
             (Family::Index, "000000.sst".into()),
             (Family::Batches, "000001.sst".into()),
         ],
+        kept: vec![(vec![0x10, 1], vec![0xFF; 32])],
+        base: Some(LogIndex::new(7)),
     };
     let text = manifest.to_text();
     assert_eq!(Manifest::parse(&text), Some(manifest));
     assert_eq!(Manifest::parse(&text.replace("shard 3", "shard 4")), None);
+    let old = identity::seal(
+        "mainstem-install 1\ngroup 7\napplied 9\nmarker 00ff\nshard 3 1 2\nfile index 000000.sst\n".into(),
+    );
+    let old = Manifest::parse(&old).unwrap();
+    assert_eq!((old.files.len(), old.kept.len(), old.base), (1, 0, None));
 }

@@ -1,0 +1,175 @@
+//! A shard goes from one group to another on the same nodes, also on those that were not there.
+
+use mainstem::machine::GroupOutcome;
+use mainstem::model::{GroupId, LogIndex};
+use mainstem::raft::{Applied, Origin};
+use mainstem::wire::internal as pb;
+
+use super::lab::*;
+
+const HEIR: GroupId = GroupId::new(8);
+const SHARD: mainstem::model::ShardId = SHARD_OF(GROUP);
+
+async fn seal(lab: &Lab) -> pb::Seal {
+    let op = pb::group_command::Op::SealShard(pb::SealShard {
+        shard_id: SHARD.get(),
+        to_group: HEIR.get(),
+        move_id: 1,
+    });
+    let (index, applied) = lab.propose(GROUP, command(op)).await;
+    let Applied::Command(GroupOutcome::Sealed { tail, digest, .. }) = applied else {
+        panic!("not sealed: {applied:?}");
+    };
+    pb::Seal {
+        index: index.get(),
+        tail: tail.get(),
+        digest,
+    }
+}
+
+async fn adopt(lab: &Lab, seal: pb::Seal) -> LogIndex {
+    let op = pb::group_command::Op::AdoptShard(pb::AdoptShard {
+        shard_id: SHARD.get(),
+        from_group: GROUP.get(),
+        move_id: 1,
+        seal: Some(seal),
+    });
+    let (index, applied) = lab.propose(HEIR, command(op)).await;
+    assert!(
+        matches!(applied, Applied::Command(GroupOutcome::Adopted { .. })),
+        "not adopted: {applied:?}"
+    );
+    index
+}
+
+/// Publishes to the shard in its new group.
+async fn publish_in_heir(lab: &Lab, range: std::ops::Range<u64>) {
+    for n in range {
+        let (_, applied) = lab.propose(HEIR, publish(SHARD, n, 300)).await;
+        assert!(
+            matches!(applied, Applied::Command(GroupOutcome::Published(_))),
+            "{applied:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_adopts_when_its_own_copy_is_sealed() {
+    let mut lab = Lab::new(3, Settings::default()).await;
+    lab.found(GROUP, 3).await;
+    lab.found(HEIR, 3).await;
+    lab.publish(GROUP, 0..20, 300).await;
+    let away = (0..3)
+        .find(|at| !lab.node(*at).group(GROUP).status().is_leader)
+        .unwrap();
+    lab.kill(away).await;
+    lab.publish(GROUP, 20..40, 300).await;
+    let sealed = seal(&lab).await;
+    // What comes too late did not happen.
+    let (_, late) = lab.propose(GROUP, publish(SHARD, 99, 300)).await;
+    assert!(
+        matches!(late, Applied::Command(GroupOutcome::Moved { to }) if to == HEIR),
+        "{late:?}"
+    );
+    adopt(&lab, sealed).await;
+    publish_in_heir(&lab, 40..60).await;
+    // The new group's replica is there first: it waits for the other one.
+    lab.start(away).await;
+    for group in [HEIR, GROUP] {
+        let id = replica(group, away as u64 + 1);
+        let groups = &lab.node(away).groups;
+        groups.start_as(group, id, Origin::Restart).await.unwrap();
+    }
+    lab.converge(GROUP).await;
+    lab.converge(HEIR).await;
+    for at in 0..3 {
+        lab.holds(at, GROUP, 0..60);
+        let face = lab.node(at).groups.directory().get(SHARD).unwrap();
+        assert_eq!((face.group(), face.heir()), (HEIR, None), "node {at}");
+    }
+    // It is where it was after a restart of everything.
+    for at in 0..3 {
+        lab.kill(at).await;
+        lab.start(at).await;
+        for group in [GROUP, HEIR] {
+            let id = replica(group, at as u64 + 1);
+            lab.node(at).groups.start_as(group, id, Origin::Restart).await.unwrap();
+        }
+    }
+    publish_in_heir(&lab, 60..70).await;
+    lab.converge(HEIR).await;
+    lab.holds(away, GROUP, 0..70);
+    lab.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_replica_begins_with_entries_below_the_floor() {
+    let mut lab = Lab::new(1, Settings::default()).await;
+    lab.found(GROUP, 1).await;
+    lab.found(HEIR, 1).await;
+    lab.publish(GROUP, 0..20, 300).await;
+    let sealed = seal(&lab).await;
+    let floor = adopt(&lab, sealed).await;
+    publish_in_heir(&lab, 20..30).await;
+    let new = lab.add().await;
+    let learner = replica(HEIR, new as u64 + 1);
+    let groups = lab.node(new).groups.clone();
+    let joined = groups.start_at(HEIR, learner, Origin::Join, floor).await.unwrap();
+    let leader = lab.node(0).group(HEIR);
+    leader.add_learner(learner).await.unwrap();
+    // The adoption is still in the leader's log, from the beginning on; now it goes.
+    assert_eq!(leader.log().purged(), None);
+    publish_in_heir(&lab, 30..40).await;
+    leader.set_floor(floor);
+    assert!(leader.is_below_floor());
+    let groups = lab.node(0).groups.clone();
+    for _ in 0..100 {
+        groups.purge_to_floors().await;
+        if !leader.is_below_floor() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(!leader.is_below_floor(), "{:?}", leader.log().purged());
+    leader.wait_caught_up(learner, PATIENCE).await.unwrap();
+    lab.converge(HEIR).await;
+    lab.holds(new, GROUP, 0..40);
+    let begins = joined.log().purged().expect("it has taken a snapshot");
+    assert!(begins.index >= floor.get(), "{begins:?}, {floor}");
+    drop((leader, joined));
+    lab.end().await;
+}
+
+/// What a replica leaves is removed, and another one begins anew; the old one never comes back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_gets_another_replica_of_a_group_that_it_has_left() {
+    let mut lab = Lab::new(2, Settings::default()).await;
+    lab.found(GROUP, 1).await;
+    lab.publish(GROUP, 0..20, 300).await;
+    let old = replica(GROUP, 2);
+    let groups = lab.node(1).groups.clone();
+    groups.start_as(GROUP, old, Origin::Join).await.unwrap();
+    let leader = lab.node(0).group(GROUP);
+    leader.add_learner(old).await.unwrap();
+    leader.wait_caught_up(old, PATIENCE).await.unwrap();
+    lab.converge(GROUP).await;
+    leader.remove_learner(old).await.unwrap();
+    groups.clear_out(GROUP).await.unwrap();
+    assert!(groups.left_here().is_empty(), "{:?}", groups.left_here());
+    assert!(lab.node(1).export(GROUP).await.is_empty());
+    let back = groups.start_as(GROUP, old, Origin::Join).await;
+    assert!(back.err().unwrap().to_string().contains("does not come back"));
+    lab.publish(GROUP, 20..30, 300).await;
+    let new = mainstem::model::ReplicaId::new(old.get() + 50);
+    for node in lab.running() {
+        node.map.set_replica(new, lab.node(1).id);
+    }
+    groups.start_as(GROUP, new, Origin::Join).await.unwrap();
+    leader.add_learner(new).await.unwrap();
+    leader.wait_caught_up(new, PATIENCE).await.unwrap();
+    lab.converge(GROUP).await;
+    lab.holds(1, GROUP, 0..30);
+    assert_eq!(groups.left_here(), [(GROUP, Some(new))]);
+    drop((leader, groups));
+    lab.end().await;
+}

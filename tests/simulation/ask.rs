@@ -1,0 +1,100 @@
+//! What is asked of a node, by those who are not in it: proposals, reads, changes of members. Runs as a task of the node
+//! and puts its answer where the simulation finds it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstem::base::RetryClass;
+use mainstem::model::{ReplicaId, Sequence, ShardId};
+use mainstem::raft::{Applied, Group, Groups, ProposeError};
+use parking_lot::Mutex;
+
+use super::invariants::log_matching::Leader;
+
+#[derive(Debug, Clone)]
+pub enum Ask {
+    Propose(Bytes),
+    /// As `Propose`, but answered when the entry is in the leader's hands: a planted bug.
+    ProposeCarelessly(Bytes),
+    Read(ShardId),
+    AddLearner(ReplicaId),
+    Change(BTreeSet<ReplicaId>),
+    HandOver(ReplicaId),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Told {
+    /// Index and leader of the entry, and what applying it answered.
+    Applied(u64, Leader, Applied),
+    /// It is said to be done; nobody knows where.
+    Early,
+    Tail(Sequence),
+    Done,
+    Failed(RetryClass, Option<ReplicaId>, String),
+    /// The node ended first, or did not answer in time.
+    Lost,
+}
+
+pub type Answers = Arc<Mutex<Vec<(u64, Told)>>>;
+
+/// How long a change of leaders may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Begins to work on it. Answered in `answers` under this id.
+pub async fn serve(id: u64, group: Group, groups: Arc<Groups>, ask: Ask, answers: Answers) {
+    let told = answer(&group, &groups, ask).await;
+    answers.lock().push((id, told));
+}
+
+async fn answer(group: &Group, groups: &Groups, ask: Ask) -> Told {
+    match ask {
+        Ask::Propose(command) => match propose(group, command).await {
+            Ok((index, term, applied)) => Told::Applied(index, term, applied),
+            Err(e) => {
+                let leader = match &e {
+                    ProposeError::NotLeader { leader, .. } => *leader,
+                    ProposeError::Stopped { .. } | ProposeError::Unknown { .. } => None,
+                };
+                Told::Failed(e.retry_class(), leader, e.to_string())
+            }
+        },
+        Ask::ProposeCarelessly(command) => {
+            if !group.status().is_leader {
+                return Told::Failed(RetryClass::DidNotHappen, group.status().leader, "does not lead".into());
+            }
+            match group.propose(command).await {
+                Ok(_) => Told::Early,
+                Err(e) => Told::Failed(e.retry_class(), None, e.to_string()),
+            }
+        }
+        Ask::Read(shard) => match group.read_barrier().await {
+            Ok(()) => match groups.directory().get(shard) {
+                Some(shared) => Told::Tail(shared.positions().tail),
+                None => failed("there is no such shard here"),
+            },
+            Err(e) => failed(e),
+        },
+        Ask::AddLearner(replica) => done(group.add_learner(replica).await),
+        Ask::Change(voters) => done(group.change_membership(voters).await),
+        Ask::HandOver(to) => done(group.transfer_leader(to, PATIENCE).await),
+    }
+}
+
+async fn propose(group: &Group, command: Bytes) -> Result<(u64, Leader, Applied), ProposeError> {
+    let (index, term, applied) = group.propose(command).await?.wait().await?;
+    let by = group.log().id_at(index.get()).map_or(0, |id| id.leader_id.node_id);
+    Ok((index.get(), (term.get(), by), applied))
+}
+
+fn failed(why: impl ToString) -> Told {
+    Told::Failed(RetryClass::MayHaveHappened, None, why.to_string())
+}
+
+fn done<T>(result: Result<T, mainstem::raft::ChangeError>) -> Told {
+    match result {
+        Ok(_) => Told::Done,
+        Err(e) => Told::Failed(e.retry_class(), None, e.to_string()),
+    }
+}

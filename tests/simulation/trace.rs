@@ -1,0 +1,32 @@
+//! What happened, in order. The same seed gives the same text.
+
+use std::fmt::Write as _;
+
+#[derive(Debug, Default)]
+pub struct Trace {
+    text: String,
+    /// Also to standard error, as it happens.
+    pub loud: bool,
+    /// Also every step of every node, and all that is sent.
+    pub deep: bool,
+}
+
+impl Trace {
+    pub fn note(&mut self, now_ns: u64, what: std::fmt::Arguments<'_>) {
+        let from = self.text.len();
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            self.text,
+            "{}.{:06} {what}",
+            now_ns / 1_000_000_000,
+            now_ns / 1_000 % 1_000_000
+        );
+        if self.loud {
+            eprint!("{}", &self.text[from..]);
+        }
+    }
+
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}
