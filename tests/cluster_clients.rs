@@ -146,6 +146,21 @@ async fn all_there(client: &Client, stream: &str) {
     .await;
 }
 
+/// Waits until every node knows where every other takes clients, and so has told its sessions.
+async fn all_known(cluster: &Cluster) {
+    let all = cluster.addresses();
+    until("every node knows all addresses", async || {
+        for node in &cluster.nodes {
+            let info = client(&[node.client_addr()]).server_info().await.unwrap();
+            if !all.iter().all(|a| info.nodes.iter().any(|n| n.client_address == *a)) {
+                return false;
+            }
+        }
+        true
+    })
+    .await;
+}
+
 /// Everything that was acknowledged is there, once and in order.
 async fn holds_exactly(client: &Client, stream: &str, count: u64) {
     let mut reader = client
@@ -201,6 +216,8 @@ async fn a_publisher_goes_to_the_leader_and_survives_any_node() {
     cluster[at].restart().await;
     for other in (0..3).filter(|i| *i != at) {
         all_there(&client, "s").await;
+        all_known(&cluster).await;
+        // Now all addresses are others than those it was given and first learned: its session was told.
         cluster[other].kill9().await;
         publishing.more(100).await;
         cluster[other].restart().await;

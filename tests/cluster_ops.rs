@@ -65,7 +65,6 @@ fn spec(name: &str, replicas: u32) -> StreamSpec {
 
 /// A replica that sleeps is told with what it lacks, in entries, bytes and time; health says so, and when it is over.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "what it expects of the words for a paused replica was changed and not run again"]
 async fn what_lags_is_told_in_entries_bytes_and_time() {
     let cluster = Cluster::start(3, Options::plain()).await;
     let all = client(&cluster.addresses());

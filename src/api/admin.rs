@@ -13,9 +13,9 @@ use crate::control::reports::Picture;
 use crate::control::view::StreamView;
 use crate::model::limits::REQUEST_ID_BYTES_MAX;
 use crate::model::{GroupId, Sequence, StreamId};
+use crate::wire::v1;
 use crate::wire::v1::server_service_server::ServerService;
 use crate::wire::v1::stream_service_server::StreamService;
-use crate::wire::{internal as pb, v1};
 
 const PAGE: u32 = 100;
 const PAGE_MAX: u32 = 1_000;
@@ -363,25 +363,9 @@ impl ServerService for Server {
                 .map(|l| (l.name.to_owned(), l.value))
                 .collect(),
             alarms: self.edge.alarms.names().into_iter().map(str::to_owned).collect(),
-            nodes: self.nodes(),
+            nodes: self.edge.nodes(),
             cluster_version: cluster.cluster_version.max(1),
         }))
-    }
-}
-
-impl Server {
-    /// Every node that was not removed.
-    fn nodes(&self) -> Vec<v1::ServerNode> {
-        let nodes = self.edge.broker.view().nodes().into_iter();
-        nodes
-            .filter(|node| node.state() != pb::NodeState::Removed)
-            .map(|node| v1::ServerNode {
-                node_id: node.node_id,
-                name: node.name,
-                client_address: node.client_address,
-                zone: node.zone,
-            })
-            .collect()
     }
 }
 

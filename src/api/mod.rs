@@ -182,6 +182,20 @@ impl Edge {
         Ok(self.broker.stream_by_subject(namespace, subject)?)
     }
 
+    /// Every node that was not removed.
+    fn nodes(&self) -> Vec<v1::ServerNode> {
+        let nodes = self.broker.view().nodes().into_iter();
+        nodes
+            .filter(|node| node.state() != pb::NodeState::Removed)
+            .map(|node| v1::ServerNode {
+                node_id: node.node_id,
+                name: node.name,
+                client_address: node.client_address,
+                zone: node.zone,
+            })
+            .collect()
+    }
+
     /// Who leads a shard, and where that node takes clients; `None`: it is not known.
     fn leader_of(&self, place: &ShardPlace) -> Option<v1::ShardLeader> {
         let node = self.broker.leader_of(place.group)?;

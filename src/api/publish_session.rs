@@ -51,6 +51,7 @@ pub async fn run(edge: Arc<Edge>, mut input: Streaming<v1::PublishSessionRequest
     };
     let (reply_tx, mut replies) = mpsc::channel(WINDOW_BATCHES);
     let mut draining = edge.draining.clone();
+    let mut addresses = edge.broker.view().watch_addresses();
     let mut told = false;
     let mut deadline: Option<tokio::time::Instant> = None;
     let mut reading = true;
@@ -76,6 +77,12 @@ pub async fn run(edge: Arc<Edge>, mut input: Streaming<v1::PublishSessionRequest
                     addresses: edge.other_addresses(&session.stream.shards),
                 };
                 if send(&output, Out::GoAway(away)).await.is_err() {
+                    return;
+                }
+            }
+            Ok(()) = addresses.changed() => {
+                let nodes = v1::ServerNodes { nodes: edge.nodes() };
+                if send(&output, Out::Nodes(nodes)).await.is_err() {
                     return;
                 }
             }

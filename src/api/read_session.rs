@@ -165,12 +165,18 @@ impl Session {
 
     async fn try_serve(&mut self, input: &mut Streaming<v1::ReadSessionRequest>, output: &Output) -> Result<(), End> {
         let mut draining = self.edge.draining.clone();
+        let mut addresses = self.edge.broker.view().watch_addresses();
         let mut told_caught_up = false;
         let mut last_sent = tokio::time::Instant::now();
         let mut confirm = Confirm::new(self.consistency);
         loop {
             if *draining.borrow() {
                 return Err(self.go_away());
+            }
+            // A reader with much to read never gets to the wait below.
+            if addresses.has_changed().is_ok_and(|changed| changed) {
+                addresses.mark_unchanged();
+                self.tell_nodes(output).await?;
             }
             let mut moved = false;
             if self.messages > 0 && self.bytes > 0 {
@@ -234,6 +240,10 @@ impl Session {
                     last_sent = tokio::time::Instant::now();
                 }
                 () = super::drained(&mut draining) => {}
+                Ok(()) = addresses.changed() => {
+                    drop(changes);
+                    self.tell_nodes(output).await?;
+                }
                 () = output.closed() => return Ok(()),
             }
         }
@@ -264,6 +274,11 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    async fn tell_nodes(&self, output: &Output) -> Result<(), End> {
+        let nodes = self.edge.nodes();
+        send(output, Out::Nodes(v1::ServerNodes { nodes })).await
     }
 
     fn is_caught_up(&self) -> bool {

@@ -187,6 +187,7 @@ impl From<PublishError> for Refusal {
             PublishError::NoLeader { .. } | PublishError::NoQuorum { .. } | PublishError::Moved { .. } => {
                 (Code::Unavailable, None)
             }
+            PublishError::Unconfirmed { .. } => (Code::Unknown, None),
             PublishError::Stopping => (Code::Unavailable, None),
             PublishError::Removed => (Code::NotFound, None),
             PublishError::Damaged(_) => (Code::DataLoss, None),

@@ -105,6 +105,16 @@ pub enum PublishError {
         needed: usize,
         replicas: usize,
     },
+    /// The leader put it into its log, and too few replicas answer to say more.
+    #[error(
+        "{group} has no quorum: {live} of its {replicas} nodes are reached, {needed} are needed; the message was sent before that was known, and is stored if enough of them return with it"
+    )]
+    Unconfirmed {
+        group: GroupId,
+        live: usize,
+        needed: usize,
+        replicas: usize,
+    },
     /// The shard was moved to another group in this moment.
     #[error("the shard has just been moved to {to}; nothing was stored, try again")]
     Moved { to: GroupId },
@@ -132,7 +142,7 @@ impl PublishError {
             PublishError::Refused(refusal) => refusal.reason(),
             PublishError::Propose(ProposeError::NotLeader { .. }) => "NOT_LEADER",
             PublishError::Propose(ProposeError::Stopped { .. }) => "GROUP_STOPPED",
-            PublishError::Propose(ProposeError::Unknown { .. }) => "OUTCOME_UNKNOWN",
+            PublishError::Propose(ProposeError::Unknown { .. }) | PublishError::Unconfirmed { .. } => "OUTCOME_UNKNOWN",
             PublishError::NoLeader { .. } | PublishError::Moved { .. } => "NOT_LEADER",
             PublishError::NoQuorum { .. } => "NO_QUORUM",
             PublishError::Stopping => "STOPPING",
@@ -161,6 +171,7 @@ impl PublishError {
             | PublishError::NoQuorum { .. }
             | PublishError::Moved { .. }
             | PublishError::Stopping => RetryClass::DidNotHappen,
+            PublishError::Unconfirmed { .. } => RetryClass::MayHaveHappened,
         }
     }
 
@@ -183,6 +194,7 @@ impl PublishError {
             | PublishError::Propose(_)
             | PublishError::NoLeader { .. }
             | PublishError::NoQuorum { .. }
+            | PublishError::Unconfirmed { .. }
             | PublishError::Moved { .. }
             | PublishError::Stopping
             | PublishError::Removed

@@ -98,7 +98,7 @@ fn failure_to_pb(e: &PublishError) -> pb::RelayFailed {
             failed.text.clone_from(reason);
             W::Stopped
         }
-        PublishError::Propose(ProposeError::Unknown { .. }) => W::Unknown,
+        PublishError::Propose(ProposeError::Unknown { .. }) | PublishError::Unconfirmed { .. } => W::Unknown,
         PublishError::NoLeader { .. } | PublishError::NoQuorum { .. } => W::NotLeader,
         PublishError::Stopping => W::Stopping,
         PublishError::Removed => W::Removed,

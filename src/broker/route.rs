@@ -17,6 +17,10 @@ use crate::wire::internal as pb;
 
 /// A replica that has known no leader for so long may itself be the one that is cut off: others are asked.
 const LONELY: Duration = Duration::from_secs(1);
+/// A leader that no quorum has answered for so long has none.
+const SILENT: Duration = Duration::from_secs(1);
+/// So long, if too few nodes are connected for one.
+const SILENT_AND_APART: Duration = Duration::from_millis(300);
 /// How long a read looks for a node that serves it.
 pub(super) const READ_PATIENCE: Duration = Duration::from_secs(6);
 /// How long one node may take of that before the next is asked.
@@ -183,6 +187,23 @@ impl Router {
             needed: replicas / 2 + 1,
             replicas,
         })
+    }
+
+    /// The numbers of a group that has no quorum, as far as can be told here: by who answers the leader if that is here,
+    /// else by who is connected. While members change the catalog is not what decides: a leader that is answered has a
+    /// quorum.
+    pub fn without_quorum(&self, group: GroupId) -> Option<Reach> {
+        let reach = self.reach(group)?;
+        let local = self.groups.get(group).filter(Group::leads);
+        let Some(local) = local else {
+            return (!reach.is_quorum()).then_some(reach);
+        };
+        let silence = local.quorum_silence()?;
+        if silence >= SILENT {
+            let live = reach.live.min(local.answering(SILENT));
+            return Some(Reach { live, ..reach });
+        }
+        (silence >= SILENT_AND_APART && !reach.is_quorum()).then_some(reach)
     }
 
     /// Whom to ask, best first.

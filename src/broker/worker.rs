@@ -49,8 +49,8 @@ const ENTRIES_IN_FLIGHT: usize = 3;
 
 /// How long a batch waits for a leader that takes it …
 const ELECTION: Duration = Duration::from_secs(5);
-/// … and where too few of the group's nodes are reached for it to have one.
-const NO_QUORUM: Duration = Duration::from_secs(2);
+/// … and where it has no quorum: what is promised is an answer within two seconds.
+const NO_QUORUM: Duration = Duration::from_millis(1_700);
 /// What was sent to the leader's node and is not answered by then is unknown, or sent again.
 const RELAY_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a call may take to leave this node.
@@ -61,7 +61,7 @@ const PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long a shard that was sealed is waited for before its former group is asked once more.
 const ADOPTION: Duration = Duration::from_secs(1);
 /// How often entries under way are looked at that do not get on.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(200);
 
 /// A batch in hand.
 struct Waiting {
@@ -234,6 +234,11 @@ impl Worker {
         let group = self.group();
         let waiting = self.gather(first);
         match self.router.route(group) {
+            // What is not proposed is certain not to be stored; a quorum that returns finds it waiting.
+            Route::Here(replica) if self.router.without_quorum(group).is_some() => {
+                let none = PublishError::Propose(ProposeError::NotLeader { group, leader: None });
+                self.failed_to_leave(waiting, replica.id, none);
+            }
             Route::Here(replica) => self.propose(&replica, waiting).await,
             Route::There(node) => {
                 let own = self.not_for_others(waiting);
@@ -434,16 +439,24 @@ impl Worker {
 
     /// How long a batch waits for a leader.
     fn patience(&self) -> Duration {
-        match self.router.reach(self.group()) {
-            Some(reach) if !reach.is_quorum() => NO_QUORUM,
-            Some(_) | None => ELECTION,
+        match self.router.without_quorum(self.group()) {
+            Some(_) => NO_QUORUM,
+            None => ELECTION,
         }
     }
 
     /// Tells the last word on a batch.
     fn conclude(&self, waiting: Waiting, outcome: Outcome) {
         let group = self.group();
-        let unknown = || Err(ProposeError::Unknown { group }.into());
+        let unknown = || match self.router.without_quorum(group) {
+            Some(reach) => Err(PublishError::Unconfirmed {
+                group,
+                live: reach.live,
+                needed: reach.needed,
+                replicas: reach.replicas,
+            }),
+            None => Err(ProposeError::Unknown { group }.into()),
+        };
         let outcome = match outcome {
             // How the last attempt was refused says nothing of the first one.
             Ok(ItemOutcome::Refused(refusal))
@@ -471,14 +484,14 @@ impl Worker {
             Err(_) if waiting.uncertain => unknown(),
             Err(PublishError::Propose(ProposeError::NotLeader { .. })) if !waiting.relayed => {
                 let waited = waiting.reply.submitted.elapsed();
-                Err(match self.router.reach(group) {
-                    Some(reach) if !reach.is_quorum() => PublishError::NoQuorum {
+                Err(match self.router.without_quorum(group) {
+                    Some(reach) => PublishError::NoQuorum {
                         group,
                         live: reach.live,
                         needed: reach.needed,
                         replicas: reach.replicas,
                     },
-                    Some(_) => PublishError::NoLeader { group, waited },
+                    None if self.router.peers.is_some() => PublishError::NoLeader { group, waited },
                     None => ProposeError::NotLeader { group, leader: None }.into(),
                 })
             }
@@ -487,17 +500,14 @@ impl Worker {
         tell(&self.metrics, waiting.relayed, waiting.reply, waiting.permit, outcome);
     }
 
-    /// Looks at entries that do not get on for lack of a quorum: what waits behind them is refused in time, and they
-    /// themselves end as unknown.
+    /// Looks at entries that do not get on for lack of a quorum: they end as unknown in time, and what waits behind them is
+    /// refused.
     fn look(&mut self) {
         let group = self.group();
         let Some(since) = self.in_flight.front().map(|f| f.since.elapsed()) else {
             return;
         };
-        let silent = self.router.groups.get(group).and_then(|g| g.quorum_silence());
-        let lost = silent.is_some_and(|silence| silence >= NO_QUORUM)
-            || self.router.reach(group).is_some_and(|reach| !reach.is_quorum());
-        if since < NO_QUORUM || !lost {
+        if since < NO_QUORUM || self.router.without_quorum(group).is_none() {
             return;
         }
         let no_leader = || Err(ProposeError::NotLeader { group, leader: None }.into());
@@ -507,11 +517,7 @@ impl Worker {
         while let Ok(Some(item)) = self.inbox.try_recv() {
             self.conclude(item.into(), no_leader());
         }
-        while self
-            .in_flight
-            .front()
-            .is_some_and(|f| f.since.elapsed() >= RELAY_PATIENCE)
-        {
+        while self.in_flight.front().is_some_and(|f| f.since.elapsed() >= NO_QUORUM) {
             let Some(front) = self.in_flight.pop_front() else { break };
             for mut waiting in front.waiting {
                 waiting.uncertain = true;

@@ -129,9 +129,10 @@ impl ClientConfig {
             .http2_adaptive_window(false)
             .tcp_nodelay(true)
             .tcp_keepalive(Some(Duration::from_secs(30)))
-            // A peer that is gone without a word (power, cable) is found out within 15 s.
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(5))
+            // A peer that is gone without a word (power, cable) is found out within 7 s: longer than a leader's
+            // node may stand still for a moment, as with a machine that is moved.
+            .http2_keep_alive_interval(Duration::from_secs(4))
+            .keep_alive_timeout(Duration::from_secs(3))
             .user_agent(concat!("mainstem-rust/", env!("CARGO_PKG_VERSION")))
             .map_err(|e| bad(e.to_string()))?;
         if scheme == "https" {

@@ -62,6 +62,7 @@ impl NodeFacts {
             tags: self.tags.clone(),
             cluster_version_max: CLUSTER_VERSION_MAX,
             binary_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..pb::JoinNode::default()
         }
     }
 

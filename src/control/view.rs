@@ -191,6 +191,8 @@ pub struct View {
     inner: RwLock<Inner>,
     /// Raised by every change.
     revision: watch::Sender<Revision>,
+    /// Raised when nodes come, go, or take clients elsewhere.
+    addresses: watch::Sender<u64>,
 }
 
 impl Default for View {
@@ -198,6 +200,7 @@ impl Default for View {
         Self {
             inner: RwLock::default(),
             revision: watch::Sender::new(Revision::new(0)),
+            addresses: watch::Sender::new(0),
         }
     }
 }
@@ -206,6 +209,11 @@ impl View {
     /// Wakes on every change.
     pub fn watch(&self) -> watch::Receiver<Revision> {
         self.revision.subscribe()
+    }
+
+    /// Wakes when nodes come, go, or take clients elsewhere. Sessions without number wait for this one, which is rare.
+    pub fn watch_addresses(&self) -> watch::Receiver<u64> {
+        self.addresses.subscribe()
     }
 
     /// The cluster's own record, once it exists.
@@ -351,13 +359,18 @@ impl View {
 
 impl MetaObserver for View {
     fn changed(&self, changes: &[MetaChange]) {
+        let mut moved = false;
         {
             let mut inner = self.inner.write();
             for change in changes {
                 match change {
                     MetaChange::Cluster(record) => inner.cluster = Some(record.as_ref().clone()),
                     MetaChange::Node(record) => {
-                        inner.nodes.insert(NodeId::new(record.node_id), record.as_ref().clone());
+                        let node = record.as_ref().clone();
+                        let face = |n: &pb::NodeRecord| (n.client_address.clone(), n.state() == pb::NodeState::Removed);
+                        let now = face(&node);
+                        let before = inner.nodes.insert(NodeId::new(record.node_id), node);
+                        moved |= before.is_none_or(|before| face(&before) != now);
                     }
                     MetaChange::Group(record) => {
                         let place = GroupPlace {
@@ -374,6 +387,10 @@ impl MetaObserver for View {
                     MetaChange::GroupForgotten(id) => {
                         inner.groups.remove(id);
                         inner.group_records.remove(id);
+                    }
+                    MetaChange::Groups(ids) => {
+                        inner.groups.retain(|id, _| ids.contains(id));
+                        inner.group_records.retain(|id, _| ids.contains(id));
                     }
                     MetaChange::Stream(record) => match StreamView::compile(record) {
                         Err(e) => {
@@ -401,5 +418,8 @@ impl MetaObserver for View {
             }
         }
         self.revision.send_modify(|r| *r = Revision::new(r.get() + 1));
+        if moved {
+            self.addresses.send_modify(|times| *times += 1);
+        }
     }
 }

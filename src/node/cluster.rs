@@ -17,7 +17,8 @@ use crate::control::membership::{JoinFacts, JoinServer, Joining};
 use crate::control::{HintsKeeper, NodeFacts};
 use crate::model::{NodeId, ReplicaId};
 use crate::raft::transport::{PeerConfig, PeerIdentity, PeerMap, PeerServer, Peers};
-use crate::storage::{ClusterHints, PeerHint, Store};
+use crate::storage::{ClusterHints, PeerHint, Renewal, Store};
+use crate::wire::internal::JoinNode;
 
 /// Connections of peers at a time: two for each, and those that come back before the old ones are gone.
 pub const PEER_CONNECTIONS_MAX: usize = 4_096;
@@ -95,6 +96,7 @@ impl ClusterNode {
         let (server_tls, client_tls) = peer_tls(config)?;
         let dir = store.options().dir.clone();
         let identity = store.identity();
+        let renewal = Renewal::load(&dir).map_err(|e| e.to_string())?;
         let hints = match &identity.cluster_id {
             Some(_) => {
                 let hints = ClusterHints::load(&dir).map_err(|e| e.to_string())?;
@@ -105,7 +107,7 @@ impl ClusterNode {
                     peers: Vec::new(),
                 })
             }
-            None if config.cluster.bootstrap => {
+            None if config.cluster.bootstrap && renewal.is_none() => {
                 let hints = ClusterHints {
                     founder: true,
                     meta_replica: ReplicaId::new(crate::machine::meta::FIRST_META_REPLICA),
@@ -116,15 +118,16 @@ impl ClusterNode {
                 hints
             }
             None => {
-                let Some(join) = &config.cluster.join else {
+                let addresses = ways_in(config, renewal.as_ref());
+                if addresses.is_empty() {
                     return Err(
                         "this data directory is in no cluster yet: found one with --bootstrap, or join one with --join \
                          HOST:PORT (the peer address of any of its nodes)"
                             .into(),
                     );
-                };
+                }
                 let joining = Joining {
-                    addresses: join.0.clone(),
+                    addresses,
                     token: token.clone(),
                     tls: client_tls.clone(),
                     facts: JoinFacts {
@@ -151,6 +154,9 @@ impl ClusterNode {
                 hints
             }
         };
+        if renewal.is_some() {
+            Renewal::finish(&dir).map_err(|e| format!("the file RENEWAL cannot be removed: {e}"))?;
+        }
         let identity = store.identity();
         facts.node = identity.node_id;
         let cluster_id = identity.cluster_id.unwrap_or_default();
@@ -226,6 +232,56 @@ impl ClusterNode {
             config.cluster.name.clone(),
             self.token.clone(),
         )
+    }
+}
+
+/// Where a node that is in no cluster may ask to be let in.
+fn ways_in(config: &Config, renewal: Option<&Renewal>) -> Vec<String> {
+    let told = config.cluster.join.iter().flat_map(|join| join.0.iter());
+    let known = renewal.iter().flat_map(|renewal| renewal.peers.iter());
+    let mut all: Vec<String> = Vec::new();
+    for address in known.chain(told) {
+        if !all.contains(address) {
+            all.push(address.clone());
+        }
+    }
+    all
+}
+
+/// Gives up a node whose data is damaged: the cluster removes it, and enters `node` in its place. Waits until a member
+/// answers that it may be, or `stop`.
+pub async fn give_up(
+    config: &Config,
+    renewal: &Renewal,
+    node: JoinNode,
+    stop: &CancellationToken,
+) -> Result<(), String> {
+    let addresses = ways_in(config, Some(renewal));
+    if addresses.is_empty() {
+        return Err("it knows no other node of its cluster; name one with --join HOST:PORT".into());
+    }
+    let (_, tls) = peer_tls(config)?;
+    let joining = Joining {
+        addresses,
+        token: token(config)?,
+        tls,
+        facts: JoinFacts {
+            cluster_name: config.cluster.name.clone(),
+            store_id: renewal.store_id,
+            node: JoinNode {
+                former_node_id: renewal.former_node.get(),
+                former_store_id: format!("{:032x}", renewal.former_store_id),
+                ..node
+            },
+        },
+    };
+    let joined = joining.run(stop).await.map_err(|e| e.to_string())?;
+    match joined.cluster_id == renewal.cluster_id {
+        true => Ok(()),
+        false => Err(format!(
+            "it was in cluster {}, and those that answer are in {}",
+            renewal.cluster_id, joined.cluster_id
+        )),
     }
 }
 

@@ -21,7 +21,7 @@ use crate::monitor::StatusSource;
 use crate::monitor::status::{DataStatus, SpaceStatus};
 use crate::raft::transport::{PeerServer, Peers};
 use crate::raft::{Groups, GroupsOptions, LogKeep, RaftTimings};
-use crate::storage::{ClockFile, OpenError, Store, StoreOptions};
+use crate::storage::{ClockFile, Identity, OpenError, Renewal, Store, StoreOptions};
 
 /// Memory for the batches that tailing readers get without a read from disk.
 const RECENT_BYTES: usize = 32 << 20;
@@ -77,6 +77,46 @@ async fn open_store(options: StoreOptions) -> Result<Arc<Store>, StartError> {
     })
 }
 
+/// A node of a cluster whose data is damaged does not go on with what is left of it: it is made anew from the others. The
+/// cluster is asked first, and gives up what the node was, if no group loses its quorum by that; then the data is set
+/// aside, and the node goes on as a new one.
+async fn begin_anew(context: &Context, why: &str) -> Result<(), StartError> {
+    let (config, dir) = (&context.config, context.config.node.data_dir.clone());
+    let failed = |e: std::io::Error| StartError::Failed(format!("the damaged data cannot be set aside: {e}"));
+    let damaged = || StartError::Damaged(why.to_owned());
+    if context.peer_listener.is_none() {
+        return Err(damaged());
+    }
+    let begun = Renewal::begin(&dir, context.clock.now_us() / 1_000_000).map_err(failed)?;
+    let Some(renewal) = begun else {
+        return Err(damaged());
+    };
+    tracing::error!(
+        "the data of this node is damaged: {why}. The others of its cluster are asked to make its replicas anew; until they \
+         answer nothing is changed"
+    );
+    context.alarms.raise(AlarmKind::Damaged, why.to_owned());
+    let identity = Identity {
+        store_id: renewal.store_id,
+        cluster_id: None,
+        node_id: renewal.former_node,
+        incarnation: 0,
+        starts: Vec::new(),
+    };
+    let node = facts(context, &identity).join_node();
+    cluster::give_up(config, &renewal, node, &context.stop)
+        .await
+        .map_err(|e| StartError::Damaged(format!("{why}; its replicas cannot be made anew from the others: {e}")))?;
+    let aside = tokio::task::spawn_blocking(move || renewal.set_aside(&dir)).await;
+    let aside = aside.map_err(|e| StartError::Failed(e.to_string()))?.map_err(failed)?;
+    tracing::warn!(
+        aside = %aside.display(),
+        "the damaged data was set aside; remove it when the cluster is healthy again and you have no use for it"
+    );
+    context.alarms.clear(AlarmKind::Damaged);
+    Ok(())
+}
+
 /// Everything on one store. Clones share it.
 #[derive(Clone)]
 struct Running {
@@ -99,9 +139,24 @@ struct Running {
 impl Running {
     async fn start(context: Context) -> Result<Arc<Self>, StartError> {
         let config = &context.config;
-        let store = open_store(store_options(config)).await?;
+        let dir = &config.node.data_dir;
+        let renewal = Renewal::load(dir).map_err(|e| StartError::Failed(e.to_string()))?;
+        if renewal.is_some_and(|renewal| renewal.is_to_be_set_aside(dir)) {
+            begin_anew(&context, "its data was found damaged before").await?;
+        }
+        match Self::start_once(&context).await {
+            Err(StartError::Damaged(why)) => {
+                begin_anew(&context, &why).await?;
+                Self::start_once(&context).await
+            }
+            started => started,
+        }
+    }
+
+    async fn start_once(context: &Context) -> Result<Arc<Self>, StartError> {
+        let store = open_store(store_options(&context.config)).await?;
         let begun = std::time::Instant::now();
-        match Self::start_on(store.clone(), &context).await {
+        match Self::start_on(store.clone(), context).await {
             Ok(running) => {
                 tracing::info!(took = ?begun.elapsed(), groups = running.groups.all().len(), "groups started");
                 Ok(running)
@@ -125,7 +180,7 @@ impl Running {
     async fn start_on(store: Arc<Store>, context: &Context) -> Result<Arc<Self>, String> {
         let config = &context.config;
         let view = Arc::new(View::default());
-        let mut facts = facts(context, &store);
+        let mut facts = facts(context, &store.identity());
         let cluster = match &context.peer_listener {
             Some(_) => Some(ClusterNode::find(config, &store, &mut facts, &context.stop).await?),
             None => {
@@ -254,8 +309,8 @@ impl Running {
 }
 
 /// What this node tells of itself.
-fn facts(context: &Context, store: &Store) -> NodeFacts {
-    let (config, identity) = (&context.config, store.identity());
+fn facts(context: &Context, identity: &Identity) -> NodeFacts {
+    let config = &context.config;
     let told = |advertised: &Option<Addresses>, used: SocketAddr| {
         advertised
             .as_ref()

@@ -1,5 +1,6 @@
 //! What a change of the meta group's state is to those who keep a view of it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::machine::{MetaMachine, MetaOutcome};
@@ -13,6 +14,8 @@ pub enum MetaChange {
     Node(Arc<pb::NodeRecord>),
     Group(Arc<pb::GroupRecord>),
     GroupForgotten(GroupId),
+    /// There are these groups and no others.
+    Groups(BTreeSet<GroupId>),
     Stream(Arc<pb::StreamRecord>),
     StreamForgotten(StreamId),
 }
@@ -55,7 +58,12 @@ pub(super) fn changes(meta: &MetaMachine, outcome: &MetaOutcome) -> Vec<MetaChan
     let stream = match outcome {
         MetaOutcome::Refused(_) | MetaOutcome::StreamExisted(_) => return Vec::new(),
         MetaOutcome::ClusterInitialised { .. } | MetaOutcome::NodeRegistered { .. } | MetaOutcome::NodeChanged(_) => {
-            return everything(meta);
+            let mut all = everything(meta);
+            // Groups that were lost with a node.
+            all.push(MetaChange::Groups(
+                meta.groups().map(|g| GroupId::new(g.group_id)).collect(),
+            ));
+            return all;
         }
         MetaOutcome::ClusterChanged(_) => return out,
         MetaOutcome::GroupChanged(group) => {
@@ -81,6 +89,11 @@ pub(super) fn changes(meta: &MetaMachine, outcome: &MetaOutcome) -> Vec<MetaChan
         for id in moving.chain([shard.group_id]) {
             out.push(group_change(meta, GroupId::new(id)));
         }
+    }
+    if matches!(outcome, MetaOutcome::StreamForgotten(_)) {
+        // Groups that were lost, and held nothing else, have successors: the newest there are.
+        let newest = meta.groups().rev().take(stream.shards.len());
+        out.extend(newest.cloned().map(MetaChange::Group));
     }
     // A remembered answer tells the stream as it was then: what it is now counts.
     if let Some(id) = StreamId::parse(&stream.stream_id) {

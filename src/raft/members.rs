@@ -254,13 +254,26 @@ impl Group {
         alone || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() <= age)
     }
 
-    /// On a leader of several voters: how long no quorum has answered it.
+    /// On a leader of several voters: how long no quorum has answered it, since it leads if none has yet.
     pub fn quorum_silence(&self) -> Option<Duration> {
         let metrics = self.metrics();
         if !metrics.state.is_leader() || members_of(&metrics).voters.len() <= 1 {
             return None;
         }
-        metrics.last_quorum_acked.map(|at| at.elapsed())
+        let led_for = || self.leader.borrow().since.elapsed().unwrap_or_default();
+        Some(metrics.last_quorum_acked.map_or_else(led_for, |at| at.elapsed()))
+    }
+
+    /// On a leader: how many of the voters have answered within `age`, itself included.
+    pub fn answering(&self, age: Duration) -> usize {
+        let metrics = self.metrics();
+        let voters = members_of(&metrics).voters;
+        let acks = metrics.heartbeat.iter().flatten();
+        let others = acks.filter(|(id, at)| {
+            let recent = at.is_some_and(|at| at.elapsed() <= age);
+            recent && **id != self.replica.get() && voters.contains(&ReplicaId::new(**id))
+        });
+        others.count() + usize::from(voters.contains(&self.replica))
     }
 
     /// Adds a replica that gets the log and does not vote. It must have been started as one that joins. Returns when

@@ -22,6 +22,7 @@ use super::log_open;
 use super::options::StoreOptions;
 use super::queue::Queue;
 use super::reclaim::Reclaim;
+use super::renewal::{ASIDE, RENEWAL_FILE, Renewal};
 use super::shared::{DamageNote, Shared};
 use super::space::{Space, SpaceMeter};
 use super::state::{FlushSignal, StateDb, StateInner};
@@ -392,7 +393,8 @@ fn may_create(dir: &Path, has_format: bool) -> Result<Option<Identity>, OpenErro
     if has_format {
         return Err(text_damage(dir, IDENTITY_FILE, "it is missing"));
     }
-    names.retain(|n| n != LOCK_FILE && n != "lost+found");
+    // A node that begins anew has its former data beside it.
+    names.retain(|n| n != LOCK_FILE && n != "lost+found" && n != RENEWAL_FILE && !n.starts_with(ASIDE));
     match names.first() {
         None => Ok(None),
         Some(name) => Err(OpenError::NotADataDir {
@@ -423,8 +425,9 @@ fn create(opts: &StoreOptions, node_id: NodeId, cache: &Cache) -> Result<Identit
         }
     }
     identity::write_atomically(dir, FORMAT_FILE, &identity::format_text()).map_err(io)?;
+    let renewal = Renewal::load(dir).map_err(io)?;
     let identity = Identity {
-        store_id: rand::random(),
+        store_id: renewal.map_or_else(rand::random, |renewal| renewal.store_id),
         cluster_id: None,
         node_id,
         incarnation: 0,

@@ -3,6 +3,10 @@
 
 use std::sync::Arc;
 
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::harness::damage::{Part, flip_bit};
 use super::harness::{Cluster, Crowd, History, Options, copy_dir, seed, until};
 use super::random::{name_of, streams};
 use super::replace::{get_well, replace};
@@ -13,9 +17,7 @@ use super::verify;
 async fn refused(seed: u64, prepare: impl AsyncFnOnce(&mut Cluster, &History), words: &[&str]) {
     const VICTIM: usize = 1;
     let mut cluster = Cluster::networked(3, Options::plain()).await;
-    let mut streams = streams(&cluster).await;
-    // What only one disk had is lost with it.
-    streams.retain(|stream| stream.spec.as_ref().unwrap().replicas > 1);
+    let streams = streams(&cluster, false).await;
     let names: Vec<String> = streams.iter().map(name_of).collect();
     let history = Arc::new(History::default());
     let crowd = Crowd::start(&history, &cluster.addresses(), &streams, seed);
@@ -42,7 +44,6 @@ async fn refused(seed: u64, prepare: impl AsyncFnOnce(&mut Cluster, &History), w
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the node is refused as it should be; removing it afterwards by force does not end yet"]
 async fn an_emptied_disk_is_not_let_in_as_the_old_node() {
     let seed = seed("an_emptied_disk_is_not_let_in_as_the_old_node");
     let prepare = async |cluster: &mut Cluster, history: &History| {
@@ -73,13 +74,100 @@ async fn an_older_disk(starts: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the node is refused as it should be; removing it afterwards by force does not end yet"]
 async fn a_disk_from_before_the_last_start_is_not_let_in() {
     an_older_disk(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the node is refused as it should be; removing it afterwards by force does not end yet"]
 async fn a_disk_from_two_starts_ago_is_not_let_in() {
     an_older_disk(2).await;
+}
+
+/// A node whose log or state is damaged does not go on with it: its replicas are made anew from the others, without help.
+async fn made_anew(part: Part) {
+    const VICTIM: usize = 1;
+    let seed = seed("made_anew");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cluster = Cluster::networked(3, Options::plain()).await;
+    let streams = streams(&cluster, false).await;
+    let names: Vec<String> = streams.iter().map(name_of).collect();
+    let history = Arc::new(History::default());
+    let crowd = Crowd::start(&history, &cluster.addresses(), &streams, seed);
+    history.wait_acked(300).await;
+    cluster.kill(VICTIM).await;
+    history.wait_acked(history.acked_batches() + 100).await;
+    let words = "the damaged data was set aside";
+    // Not every bit is one that a start looks at.
+    for attempt in 0.. {
+        assert!(attempt < 20, "SEED={seed}: no damage was found by a start");
+        let data = cluster[VICTIM].data().to_path_buf();
+        for _ in 0..8 {
+            println!("{:?}", flip_bit(&data, part, &mut rng));
+        }
+        cluster[VICTIM].restart().await;
+        if cluster[VICTIM].has_logged(&[words]) {
+            break;
+        }
+        cluster.kill(VICTIM).await;
+    }
+    cluster.wait().healthy().await;
+    history.wait_acked(history.acked_batches() + 100).await;
+    let counts = crowd.stop().await;
+    let tally = verify::at_every_node(&cluster, &history, &names).await;
+    let tally = tally.unwrap_or_else(|wrong| panic!("SEED={seed}: {wrong:#?}\n{counts}"));
+    println!("{tally:?}\n{counts}");
+    let info = cluster[0].api().await.stream("own").await.unwrap();
+    assert_eq!(info.spec.unwrap().replicas, 3);
+    // It is another node to the cluster, and stays it.
+    cluster[VICTIM].restart().await;
+    cluster.wait().healthy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_with_a_damaged_log_is_made_anew() {
+    made_anew(Part::Log).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_with_damaged_state_is_made_anew() {
+    made_anew(Part::State).await;
+}
+
+/// What only the damaged disk has is not given up by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_copy_is_not_given_up() {
+    let seed = seed("the_only_copy_is_not_given_up");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cluster = Cluster::networked(3, Options::plain()).await;
+    streams(&cluster, true).await;
+    let victim = cluster.wait().leader("single").await;
+    cluster.kill(victim).await;
+    let data = cluster[victim].data().to_path_buf();
+    let copy = cluster[victim].place().join("copy");
+    copy_dir(&data, &copy);
+    let words = "cannot be given up while";
+    for attempt in 0.. {
+        assert!(attempt < 20, "SEED={seed}: no damage was found by a start");
+        for _ in 0..8 {
+            println!("{:?}", flip_bit(&data, Part::Log, &mut rng));
+        }
+        cluster[victim].launch();
+        let node = &mut cluster[victim];
+        let mut refused = false;
+        until("it serves, or is not let in", async || {
+            refused = node.has_logged(&[words]);
+            refused || node.has_logged(&["ready client="])
+        })
+        .await;
+        node.kill9().await;
+        if refused {
+            break;
+        }
+    }
+    // Nothing was touched: what is mended can be used.
+    std::fs::remove_dir_all(&data).unwrap();
+    std::fs::rename(&copy, &data).unwrap();
+    cluster[victim].restart().await;
+    cluster.wait().healthy().await;
+    assert_eq!(cluster.wait().leader("single").await, victim);
 }

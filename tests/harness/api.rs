@@ -302,7 +302,7 @@ impl Session {
             match self.next().await? {
                 Some(F::Ack(ack)) => return Ok(ack),
                 Some(F::Error(e)) => return Err(e.into()),
-                Some(F::Window(_) | F::Map(_) | F::GoAway(_) | F::Opened(_) | F::Leaders(_)) => {}
+                Some(F::Window(_) | F::Map(_) | F::GoAway(_) | F::Opened(_) | F::Leaders(_) | F::Nodes(_)) => {}
                 None => panic!("the session ended without an answer"),
             }
         }
@@ -328,10 +328,17 @@ pub struct Reader {
 impl Reader {
     pub async fn next(&mut self) -> Result<Option<Event>, Failure> {
         use v1::read_session_response::Frame as F;
-        let Some(frame) = self.from.message().await? else {
-            return Ok(None);
+        let frame = loop {
+            match self.from.message().await? {
+                None => return Ok(None),
+                Some(frame) => match frame.frame.expect("a known frame") {
+                    F::Nodes(_) => {}
+                    frame => break frame,
+                },
+            }
         };
-        Ok(Some(match frame.frame.expect("a known frame") {
+        Ok(Some(match frame {
+            F::Nodes(_) => unreachable!("passed over above"),
             F::Opened(opened) => Event::Opened(opened),
             F::Batch(batch) => {
                 let credit = v1::ReadCredit {

@@ -198,7 +198,7 @@ impl Producer {
                 Some(Frame::Ack(ack)) => self.take(ack),
                 Some(Frame::Error(e)) => return self.refused(e, &mut session).await,
                 Some(Frame::GoAway(_)) => *away = true,
-                Some(Frame::Window(_) | Frame::Map(_) | Frame::Opened(_) | Frame::Leaders(_)) => {}
+                Some(Frame::Window(_) | Frame::Map(_) | Frame::Opened(_) | Frame::Leaders(_) | Frame::Nodes(_)) => {}
             }
         }
     }

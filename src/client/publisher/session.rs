@@ -110,7 +110,8 @@ pub(super) async fn open(
                 | response::Frame::Error(_)
                 | response::Frame::Window(_)
                 | response::Frame::Map(_)
-                | response::Frame::Leaders(_),
+                | response::Frame::Leaders(_)
+                | response::Frame::Nodes(_),
             ) => Err(ClientError::bad_answer("the session did not begin with `opened`")),
             None => Err(lost("the server ended the session before it began")),
         }
@@ -500,6 +501,10 @@ impl Session {
             }
             Some(response::Frame::Leaders(leaders)) => {
                 self.leaders.told(leaders.leaders);
+                return Ok(None);
+            }
+            Some(response::Frame::Nodes(nodes)) => {
+                self.connection.take_nodes(&nodes.nodes);
                 return Ok(None);
             }
             Some(response::Frame::Opened(_)) => {

@@ -394,6 +394,7 @@ impl Reader {
                     self.connection.move_on(address, &away);
                     self.line = None;
                 }
+                Some(response::Frame::Nodes(nodes)) => self.connection.take_nodes(&nodes.nodes),
                 Some(response::Frame::Opened(_)) => {
                     return Err(ClientError::bad_answer("the server opened the session twice"));
                 }
@@ -516,7 +517,8 @@ impl Reader {
                     response::Frame::Batch(_)
                     | response::Frame::CaughtUp(_)
                     | response::Frame::Heartbeat(_)
-                    | response::Frame::Truncated(_),
+                    | response::Frame::Truncated(_)
+                    | response::Frame::Nodes(_),
                 ) => Err(ClientError::bad_answer("the session did not begin with `opened`")),
                 None => Err(lost("the server ended the session before it began")),
             }

@@ -19,6 +19,7 @@ pub(super) use liveness::Liveness;
 use super::Control;
 use super::meta::QUORUM_AGE;
 use super::placement::{Action, GroupReport, MetaReport, NodeReport, Reports, Step, plan};
+use super::view::ShardPlace;
 use crate::machine::MetaOutcome;
 use crate::model::{GroupId, LogIndex, NodeId, ReplicaId, ShardId, StreamId, TimeUs};
 use crate::raft::Group;
@@ -198,13 +199,32 @@ impl Control {
         };
     }
 
+    /// Whether most replicas of a group were on nodes that were removed: it will never have a leader again.
+    fn is_lost(&self, group: GroupId) -> bool {
+        let Some(place) = self.view.group(group) else {
+            return false;
+        };
+        let removed = |node: NodeId| {
+            self.view
+                .node(node)
+                .is_some_and(|n| n.state() == pb::NodeState::Removed)
+        };
+        let gone = place.replicas.iter().filter(|(_, node)| removed(*node)).count();
+        gone > 0 && gone * 2 >= place.replicas.len()
+    }
+
     /// Streams of which every shard is there become active; those of which none is left are forgotten.
     async fn settle_streams(&self, heard: &Heard) {
         for stream in self.view.all_streams() {
             let all = |set: &std::collections::HashSet<ShardId>| stream.shards.iter().all(|p| set.contains(&p.shard));
+            // Nobody is left who could drop or keep what was on nodes that were removed.
+            let gone = || {
+                let gone = |p: &ShardPlace| heard.shards_gone.contains(&p.shard) || self.is_lost(p.group);
+                stream.shards.iter().all(gone)
+            };
             if stream.state == v1::StreamState::Creating && all(&heard.shards_here) {
                 self.activate(stream.id).await;
-            } else if stream.state == v1::StreamState::Removed && stream.doomed && all(&heard.shards_gone) {
+            } else if stream.state == v1::StreamState::Removed && stream.doomed && gone() {
                 let op = pb::meta_command::Op::ForgetStream(pb::ForgetStream {
                     stream_id: stream.id.to_string(),
                     dropped: true,

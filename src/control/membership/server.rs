@@ -180,7 +180,12 @@ impl Inner {
         let Some(control) = self.control.upgrade() else {
             return refused("the node asked is stopping", true);
         };
-        match control.let_in(node).await {
+        let former = (node.former_node_id, node.former_store_id.clone());
+        let admitted = async {
+            control.give_up(former.0, &former.1, &node.store_id).await?;
+            control.let_in(node).await
+        };
+        match admitted.await {
             Ok(accepted) => {
                 let accepted = accepted.encode_to_vec();
                 let said = Said {
@@ -192,6 +197,16 @@ impl Inner {
                     accepted: accepted.into(),
                 })
             }
+            // Other nodes may come back.
+            Err(AdminError::Refused(refusal @ MetaRefusal::WouldBreakQuorum { .. })) => refused(
+                format!(
+                    "what its former self held cannot be given up while {refusal}; start the nodes that are missing. If that \
+                     data is the only copy, restore it from a backup, or give it up: mainstem node remove n{} --force \
+                     --accept-loss",
+                    former.0
+                ),
+                true,
+            ),
             Err(AdminError::Refused(refusal)) => refused(refusal.to_string(), false),
             Err(error) => refused(error.to_string(), true),
         }
@@ -203,6 +218,45 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 }
 
 impl Control {
+    /// Removes what a node was until its data was found damaged: its replicas must not vote again, and others take their
+    /// place. As with any removal, no group may lose its quorum by it.
+    async fn give_up(&self, node_id: u64, store_id: &str, successor: &str) -> Result<(), AdminError> {
+        if node_id == 0 {
+            return Ok(());
+        }
+        self.barrier().await?;
+        let nodes = self.view.nodes();
+        let known = nodes
+            .iter()
+            .find(|node| node.node_id == node_id && node.store_id == store_id);
+        let Some(former) = known.filter(|node| node.state() != pb::NodeState::Removed) else {
+            return Ok(());
+        };
+        if successor == store_id {
+            return Err(AdminError::NotReady("a store cannot succeed itself".into()));
+        }
+        let links = self.peers.as_ref().map(|peers| peers.links()).unwrap_or_default();
+        let down = links.iter().filter(|link| !link.up).map(|link| link.node.get());
+        let remove = pb::RemoveNode {
+            node_id,
+            force: true,
+            accept_loss: false,
+            unreachable_nodes: down.collect(),
+        };
+        let op = pb::meta_command::Op::RemoveNode(remove);
+        match self.propose_meta(String::new(), op).await? {
+            MetaOutcome::NodeChanged(_) => {
+                tracing::warn!(
+                    node = former.name,
+                    "a node has found its data damaged: what it held is made anew from the others, and it joins as a new node"
+                );
+                Ok(())
+            }
+            MetaOutcome::Refused(refused) => Err(AdminError::Refused(refused)),
+            _ => Err(odd_answer()),
+        }
+    }
+
     /// Enters a node into the catalog: under the id that its store has already, or a new one.
     async fn let_in(&self, mut join: pb::JoinNode) -> Result<pb::JoinAccepted, AdminError> {
         let mut refusal = None;

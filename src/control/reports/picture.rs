@@ -76,10 +76,11 @@ impl<'a> Picture<'a> {
         self.groups.get(&group).map_or(&[], Vec::as_slice)
     }
 
-    /// Who leads a group. Of two that think so, the one of the later term does: the other was cut off, or slept.
+    /// Who leads a group. Of two that think so, the one of the later vote does: the other was cut off, or slept. Votes of
+    /// one term are ordered by the replica that stood for it.
     pub fn leader(&self, group: GroupId) -> Option<(NodeId, &'a pb::GroupState)> {
         let leading = self.states(group).iter().filter(|(_, state)| state.is_leader);
-        leading.max_by_key(|(_, state)| state.term).copied()
+        leading.max_by_key(|(_, state)| (state.term, state.replica_id)).copied()
     }
 
     /// Every group that is led, with what its leader says.
@@ -478,6 +479,15 @@ mod tests {
         assert_eq!(report.leader_node, Some(2));
         assert_eq!(report.replicas[0].node_id, 2, "the leader comes first");
         assert_eq!((report.quorum_have, report.term), (2, 5));
+        let of_one_term = gathered(
+            vec![
+                (1, Some(state(11, 5, true, &[(11, 0, Some(0))]))),
+                (2, Some(state(12, 5, true, &[(12, 0, Some(0)), (13, 0, Some(1))]))),
+                (3, Some(state(13, 5, false, &[]))),
+            ],
+            &[],
+        );
+        assert_eq!(told(&group(), &of_one_term).leader_node, Some(2));
     }
 
     #[test]

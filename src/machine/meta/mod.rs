@@ -144,7 +144,7 @@ impl MetaMachine {
     }
 
     /// All data groups, by id. The meta group is not among them.
-    pub fn groups(&self) -> impl Iterator<Item = &Arc<pb::GroupRecord>> {
+    pub fn groups(&self) -> impl DoubleEndedIterator<Item = &Arc<pb::GroupRecord>> {
         self.groups.values()
     }
 

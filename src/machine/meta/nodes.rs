@@ -66,6 +66,7 @@ impl MetaMachine {
                 tags: known.tags,
                 cluster_version_max: known.cluster_version_max,
                 binary_version: known.binary_version,
+                ..pb::JoinNode::default()
             },
         )
     }
@@ -281,6 +282,7 @@ impl MetaMachine {
             group.removed.retain(|replica| replica.node_id != node.node_id);
             self.put_group(sink, group);
         }
+        self.renew_lost_pool(sink, &mut cluster, &remove.unreachable_nodes);
         self.put_cluster(sink, cluster);
         Ok(MetaOutcome::NodeChanged(node))
     }

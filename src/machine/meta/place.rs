@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{MetaMachine, MetaRefusal};
 use crate::machine::placement::{NodeShape, Nodes, Request, place, wanted_replicas};
-use crate::machine::port::ShardSink;
+use crate::machine::port::{MetaKind, ShardSink};
 use crate::model::{GroupId, NodeId};
 use crate::wire::internal::v1::{self as pb, NodeState, ReplicaRole};
 use crate::wire::v1::StreamSpec;
@@ -110,10 +110,66 @@ impl MetaMachine {
             group.shards = group.shards.saturating_sub(count);
             if group.shards == 0 && !group.pooled {
                 self.groups.remove(&id);
-                sink.drop_meta(crate::machine::port::MetaKind::Group, &id.get().to_be_bytes());
+                sink.drop_meta(MetaKind::Group, &id.get().to_be_bytes());
             } else {
                 self.put_group(sink, group);
             }
+        }
+    }
+
+    /// Whether a group can never have a quorum again: most of its voters were on nodes that were removed.
+    fn is_lost(&self, group: &pb::GroupRecord) -> bool {
+        let voters = || group.replicas.iter().filter(|r| r.role() == ReplicaRole::Voter);
+        let present = voters().filter(|replica| {
+            let node = self.nodes.get(&NodeId::new(replica.node_id));
+            node.is_some_and(|node| node.state() != NodeState::Removed)
+        });
+        voters().count() > 0 && present.count() <= voters().count() / 2
+    }
+
+    /// Pooled groups that were lost while they held no shard are given up. Those for streams of one replica get a successor
+    /// on another node, so that the pool keeps its size; others are made when a stream wants one. Changes `cluster`, which
+    /// the caller writes.
+    pub(super) fn renew_lost_pool(
+        &mut self,
+        sink: &mut dyn ShardSink,
+        cluster: &mut pb::ClusterRecord,
+        unreachable: &[u64],
+    ) {
+        let lost: Vec<Arc<pb::GroupRecord>> = self
+            .groups
+            .values()
+            .filter(|group| group.pooled && group.shards == 0 && self.is_lost(group))
+            .filter(|group| self.move_of(GroupId::new(group.group_id)).is_none())
+            .cloned()
+            .collect();
+        for group in lost {
+            self.groups.remove(&GroupId::new(group.group_id));
+            sink.drop_meta(MetaKind::Group, &group.group_id.to_be_bytes());
+            cluster.pool_groups.retain(|id| *id != group.group_id);
+            if wanted_replicas(&group) != 1 {
+                continue;
+            }
+            let request = Request {
+                replicas: 1,
+                placement: group.placement.as_ref(),
+                ..Request::default()
+            };
+            let nodes = place(&node_shapes(self, unreachable), &request).nodes;
+            if nodes.is_empty() {
+                continue;
+            }
+            let successor = pb::GroupRecord {
+                group_id: cluster.next_group_id,
+                pooled: true,
+                replicas: new_replicas(cluster, &nodes),
+                replica_count: 1,
+                placement: group.placement.clone(),
+                ..pb::GroupRecord::default()
+            };
+            cluster.next_group_id += 1;
+            cluster.pool_groups.push(successor.group_id);
+            self.put_group(sink, successor);
         }
     }
 }

@@ -273,7 +273,12 @@ impl MetaMachine {
         self.streams.remove(&id);
         sink.drop_meta(MetaKind::Stream, &id.get().to_be_bytes());
         self.release_shards(sink, &stream.shards);
-        self.raise_revision(sink);
+        if let Some(cluster) = &self.cluster {
+            // The last shards of groups that were lost with their nodes may have been these.
+            let mut cluster = pb::ClusterRecord::clone(cluster);
+            self.renew_lost_pool(sink, &mut cluster, &[]);
+            self.put_cluster(sink, cluster);
+        }
         Ok(MetaOutcome::StreamForgotten(stream))
     }
 
