@@ -217,6 +217,7 @@ mod tests {
         assert_eq!(store.identity().store_id, renewal.store_id);
         assert_eq!(store.identity().cluster_id, None);
         store.close().expect("closed");
+        drop(store);
         Renewal::finish(dir).expect("removed");
         assert_eq!(Renewal::load(dir).expect("read"), None);
         let again = Store::open(options(dir), None).expect("opens");

@@ -119,6 +119,7 @@ async fn made_anew(part: Part) {
     let info = cluster[0].api().await.stream("own").await.unwrap();
     assert_eq!(info.spec.unwrap().replicas, 3);
     // It is another node to the cluster, and stays it.
+    cluster.kill(VICTIM).await;
     cluster[VICTIM].restart().await;
     cluster.wait().healthy().await;
 }
