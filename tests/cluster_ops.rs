@@ -423,6 +423,7 @@ async fn a_node_that_knows_more_waits_for_the_others() {
         tls: None,
         facts: JoinFacts {
             cluster_name: "mainstem".into(),
+            cluster_id: None,
             store_id: 77,
             node: pb::JoinNode {
                 name: "later".into(),

@@ -101,6 +101,7 @@ fn a_node_goes_for_good() {
             force: true,
             accept_loss,
             unreachable_nodes: unreachable.to_vec(),
+            weak_groups: Vec::new(),
         })
     };
     let voters: Vec<u64> = (1..=4)
@@ -114,6 +115,14 @@ fn a_node_goes_for_good() {
     }));
     let broken = catalog.refused(forced(&others[..1], false));
     assert!(matches!(broken, MetaRefusal::WouldBreakQuorum { .. }), "{broken}");
+    // All nodes answer, and too few replicas have everything.
+    let weak = catalog.refused(Op::RemoveNode(pb::RemoveNode {
+        node_id: holder,
+        force: true,
+        weak_groups: vec![group],
+        ..pb::RemoveNode::default()
+    }));
+    assert!(matches!(weak, MetaRefusal::InFlight { .. }), "{weak}");
     catalog.done(forced(&[], false));
     assert_eq!(catalog.node(holder).state(), NodeState::Removed);
     assert_eq!(catalog.group(group).replicas.len(), 3, "the planner replaces it");
@@ -169,6 +178,7 @@ fn the_meta_group_keeps_its_quorum() {
             force: true,
             accept_loss: true,
             unreachable_nodes: unreachable.to_vec(),
+            weak_groups: Vec::new(),
         })
     };
     let refusal = catalog.refused(remove(2, &[3]));
@@ -502,6 +512,67 @@ fn a_shard_goes_from_group_to_group_in_steps() {
     assert!(matches!(outcome, MetaOutcome::ShardMoved { .. }));
     catalog.done(forget);
     assert!(catalog.machine.group(GroupId::new(to)).is_none());
+}
+
+/// Pooled groups whose nodes are gone are made anew when they hold nothing, or hold nothing any more.
+#[test]
+fn a_lost_pool_is_made_anew() {
+    let mut catalog = Catalog::new(4);
+    let (stream, _, full) = catalog.stream("one", 1, false);
+    let (_, _, three) = catalog.stream("three", 3, false);
+    let pool = |catalog: &Catalog| -> Vec<(u64, u64)> {
+        let single = catalog.machine.groups().filter(|g| g.pooled && g.replicas.len() == 1);
+        single.map(|g| (g.group_id, g.replicas[0].node_id)).collect()
+    };
+    let before = pool(&catalog);
+    assert!(
+        before.len() == 2 && before.iter().all(|(_, node)| *node == 1),
+        "{before:?}"
+    );
+    let epoch = catalog.machine.cluster().unwrap().meta.as_ref().unwrap().epoch;
+    catalog.done(Op::SetMetaVoters(pb::SetMetaVoters {
+        base_epoch: epoch,
+        voters: (2..=4).map(|id| catalog.node(id).meta_replica_id).collect(),
+    }));
+    let remove = |accept_loss| {
+        Op::RemoveNode(pb::RemoveNode {
+            node_id: 1,
+            force: true,
+            accept_loss,
+            unreachable_nodes: vec![2],
+            weak_groups: Vec::new(),
+        })
+    };
+    let refusal = catalog.refused(remove(false));
+    assert!(matches!(refusal, MetaRefusal::WouldBreakQuorum { .. }), "{refusal}");
+    catalog.done(remove(true));
+    // The one that was empty has a successor on a node that lives; the other one holds what was lost.
+    let after = pool(&catalog);
+    assert_eq!(after.len(), 2);
+    assert!(after.contains(&(full, 1)), "{after:?}");
+    let (successor, at) = after.iter().find(|(id, _)| *id != full).unwrap();
+    assert!(
+        before.iter().all(|(id, _)| id != successor) && [3, 4].contains(at),
+        "{after:?}"
+    );
+    assert!(catalog.machine.group(GroupId::new(three)).is_some(), "it has a quorum");
+    // With its last stream it goes, too.
+    catalog.done(Op::RemoveStream(pb::RemoveStream {
+        namespace: "default".into(),
+        name: "one".into(),
+        grace_us: 0,
+        expected_revision: None,
+    }));
+    for dropped in [false, true] {
+        catalog.done(Op::ForgetStream(pb::ForgetStream {
+            stream_id: stream.clone(),
+            dropped,
+        }));
+    }
+    let last = pool(&catalog);
+    assert!(last.len() == 2 && last.iter().all(|(_, node)| *node != 1), "{last:?}");
+    let listed = &catalog.machine.cluster().unwrap().pool_groups;
+    assert!(last.iter().all(|(id, _)| listed.contains(id)) && !listed.contains(&full));
 }
 
 #[test]

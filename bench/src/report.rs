@@ -42,6 +42,7 @@ pub struct Row {
 pub enum Bar {
     RatioAtLeast(f64),
     RatioAtMost(f64),
+    ValueAtLeast(f64),
     ValueAtMost(f64),
     ValueBelow(f64),
 }
@@ -51,6 +52,7 @@ impl Bar {
         match self {
             Self::RatioAtLeast(bar) => ratio.map(|r| r >= bar),
             Self::RatioAtMost(bar) => ratio.map(|r| r <= bar),
+            Self::ValueAtLeast(bar) => Some(value >= bar),
             Self::ValueAtMost(bar) => Some(value <= bar),
             Self::ValueBelow(bar) => Some(value < bar),
         }
@@ -62,6 +64,7 @@ impl std::fmt::Display for Bar {
         match self {
             Self::RatioAtLeast(bar) => write!(f, "ratio >= {bar}"),
             Self::RatioAtMost(bar) => write!(f, "ratio <= {bar}"),
+            Self::ValueAtLeast(bar) => write!(f, "value >= {bar}"),
             Self::ValueAtMost(bar) => write!(f, "value <= {bar}"),
             Self::ValueBelow(bar) => write!(f, "value < {bar}"),
         }

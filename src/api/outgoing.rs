@@ -218,6 +218,11 @@ impl<T> Sender<T> {
         }
     }
 
+    /// Whether [`send`](Self::send) finds a place at once.
+    pub(super) fn has_place(&self) -> bool {
+        self.shared.state.lock().queue.len() < FRAMES
+    }
+
     /// Puts the last frame into the queue, whether or not there is a place.
     pub(super) fn send_last(&self, frame: T) {
         let mut state = self.shared.state.lock();

@@ -173,8 +173,8 @@ impl Session {
             if *draining.borrow() {
                 return Err(self.go_away());
             }
-            // A reader with much to read never gets to the wait below.
-            if addresses.has_changed().is_ok_and(|changed| changed) {
+            // A reader with much to read never gets to the wait below. One that takes nothing is not waited for.
+            if output.has_place() && addresses.has_changed().is_ok_and(|changed| changed) {
                 addresses.mark_unchanged();
                 self.tell_nodes(output).await?;
             }
@@ -240,7 +240,7 @@ impl Session {
                     last_sent = tokio::time::Instant::now();
                 }
                 () = super::drained(&mut draining) => {}
-                Ok(()) = addresses.changed() => {
+                Ok(()) = addresses.changed(), if output.has_place() => {
                     drop(changes);
                     self.tell_nodes(output).await?;
                 }

@@ -175,18 +175,26 @@ impl Router {
         }
     }
 
-    /// How much of a group is reached.
+    /// How much of a group is reached. Nodes that nothing was ever asked of are not known to be gone.
     pub fn reach(&self, group: GroupId) -> Option<Reach> {
         let peers = self.peers.as_ref()?;
-        let place = self.view.group(group)?;
+        let record = self.view.group_record(group)?;
         let links = peers.links();
-        let up = |node: NodeId| node == peers.node() || links.iter().any(|l| l.node == node && l.up);
-        let replicas = place.replicas.len();
+        let down = |node: u64| links.iter().any(|l| l.node.get() == node && !l.up);
+        let votes = |replica: &&pb::ReplicaRecord| replica.role() == pb::ReplicaRole::Voter;
+        let voters = || record.replicas.iter().filter(votes);
+        let replicas = voters().count();
         Some(Reach {
-            live: place.replicas.iter().filter(|(_, node)| up(*node)).count(),
+            live: voters().filter(|replica| !down(replica.node_id)).count(),
             needed: replicas / 2 + 1,
             replicas,
         })
+    }
+
+    /// Whether the connection to a node is broken.
+    pub fn is_apart(&self, node: NodeId) -> bool {
+        let links = self.peers.as_ref().map(Peers::links).unwrap_or_default();
+        links.iter().any(|link| link.node == node && !link.up)
     }
 
     /// The numbers of a group that has no quorum, as far as can be told here: by who answers the leader if that is here,
@@ -199,8 +207,10 @@ impl Router {
             return (!reach.is_quorum()).then_some(reach);
         };
         let silence = local.quorum_silence()?;
-        if silence >= SILENT {
-            let live = reach.live.min(local.answering(SILENT));
+        // Between two heartbeats there is silence.
+        let silent = SILENT.max(local.heartbeat() * 4);
+        if silence >= silent {
+            let live = reach.live.min(local.answering(silent));
             return Some(Reach { live, ..reach });
         }
         (silence >= SILENT_AND_APART && !reach.is_quorum()).then_some(reach)

@@ -102,6 +102,8 @@ enum Sent {
 
 struct InFlight {
     group: GroupId,
+    /// The node it was sent to; `None`: proposed here.
+    to: Option<NodeId>,
     sent: Sent,
     since: Instant,
     waiting: Vec<Waiting>,
@@ -125,6 +127,8 @@ pub(super) struct Worker {
     /// Nor before this group has adopted the shard.
     heir: Option<GroupId>,
     pause: Duration,
+    /// How often in a row what is under way was seen not to get on.
+    lost_looks: u32,
 }
 
 impl Worker {
@@ -149,6 +153,7 @@ impl Worker {
             resume: None,
             heir: None,
             pause: PAUSE_MIN,
+            lost_looks: 0,
         }
     }
 
@@ -293,6 +298,7 @@ impl Worker {
         match replica.propose(bytes).await {
             Ok(pending) => self.in_flight.push_back(InFlight {
                 group: replica.id,
+                to: None,
                 sent: Sent::Here(pending),
                 since: Instant::now(),
                 waiting,
@@ -320,6 +326,7 @@ impl Worker {
                 let answer = async move { relayed(&router, node, group, call.answer().await) };
                 self.in_flight.push_back(InFlight {
                     group,
+                    to: Some(node),
                     sent: Sent::There(answer.boxed()),
                     since: Instant::now(),
                     waiting,
@@ -337,6 +344,7 @@ impl Worker {
     fn failed_to_leave(&mut self, waiting: Vec<Waiting>, group: GroupId, error: PublishError) {
         self.in_flight.push_back(InFlight {
             group,
+            to: None,
             sent: Sent::There(std::future::ready(Answer::All(error)).boxed()),
             since: Instant::now(),
             waiting,
@@ -500,16 +508,28 @@ impl Worker {
         tell(&self.metrics, waiting.relayed, waiting.reply, waiting.permit, outcome);
     }
 
-    /// Looks at entries that do not get on for lack of a quorum: they end as unknown in time, and what waits behind them is
-    /// refused.
+    /// Looks at entries that do not get on: where there is no quorum, or no way to the leader's node, they end as unknown in
+    /// time, and what waits behind them is refused. Twice in a row, as a node that stood still for a moment has heard of
+    /// nobody either.
     fn look(&mut self) {
         let group = self.group();
-        let Some(since) = self.in_flight.front().map(|f| f.since.elapsed()) else {
+        let Some(front) = self.in_flight.front() else {
             return;
         };
-        if since < NO_QUORUM || self.router.without_quorum(group).is_none() {
-            return;
-        }
+        let since = front.since.elapsed();
+        let lost = since >= NO_QUORUM
+            && match front.to {
+                None => self.router.without_quorum(group).is_some(),
+                // The leader there knows whether it has a quorum, and says so.
+                Some(node) => self.router.is_apart(node),
+            };
+        self.lost_looks = if lost { self.lost_looks + 1 } else { 0 };
+        // However slow the disks of a quorum are, nobody waits for ever.
+        let patience = match self.lost_looks >= 2 {
+            true => NO_QUORUM,
+            false if since >= RELAY_PATIENCE + NO_QUORUM => RELAY_PATIENCE,
+            false => return,
+        };
         let no_leader = || Err(ProposeError::NotLeader { group, leader: None }.into());
         for waiting in std::mem::take(&mut self.again) {
             self.conclude(waiting, no_leader());
@@ -517,8 +537,11 @@ impl Worker {
         while let Ok(Some(item)) = self.inbox.try_recv() {
             self.conclude(item.into(), no_leader());
         }
-        while self.in_flight.front().is_some_and(|f| f.since.elapsed() >= NO_QUORUM) {
+        while self.in_flight.front().is_some_and(|f| f.since.elapsed() >= patience) {
             let Some(front) = self.in_flight.pop_front() else { break };
+            if let Some(node) = front.to {
+                self.router.lost(group, node);
+            }
             for mut waiting in front.waiting {
                 waiting.uncertain = true;
                 self.conclude(waiting, no_leader());

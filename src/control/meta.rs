@@ -213,7 +213,10 @@ impl Control {
         match &mut command.op {
             Some(Op::CreateStream(create)) => create.unreachable_nodes = self.unreachable_nodes(),
             Some(Op::UpdateStream(update)) => update.unreachable_nodes = self.unreachable_nodes(),
-            Some(Op::RemoveNode(remove)) => remove.unreachable_nodes = self.unreachable_nodes(),
+            Some(Op::RemoveNode(remove)) => {
+                remove.unreachable_nodes = self.unreachable_nodes();
+                remove.weak_groups = self.weak_without(NodeId::new(remove.node_id));
+            }
             Some(_) | None => {}
         }
     }

@@ -60,7 +60,7 @@ async fn round(control: &Control) -> Result<Done, ProposeError> {
         control.start_meta_again().await?;
         clear_out(control).await;
     }
-    control.start_groups().await?;
+    control.start_groups(false).await?;
     if control.peers.is_some() {
         purge_to_floors(control).await;
     }

@@ -129,7 +129,7 @@ impl Control {
         meta.wait_ready(START).await?;
         self.found_cluster(uuid::Uuid::now_v7().simple().to_string()).await?;
         self.register_alone().await?;
-        self.start_groups().await?;
+        self.start_groups(true).await?;
         for group in self.groups.all() {
             group.wait_ready(START).await?;
         }
@@ -172,7 +172,7 @@ impl Control {
         if tokio::time::timeout(START, known).await.is_err() {
             tracing::warn!("this node has heard nothing of its cluster yet: it serves nothing until it does");
         }
-        self.start_groups().await?;
+        self.start_groups(true).await?;
         let all = self.groups.all();
         let heard = futures_util::future::join_all(all.iter().map(|group| async move {
             let mut leader = group.watch_leader();
@@ -233,7 +233,8 @@ impl Control {
     }
 
     /// Starts every group that has a replica on this node and does not run yet.
-    pub(super) async fn start_groups(&self) -> Result<(), ProposeError> {
+    /// What a start of the node finds damaged ends it.
+    pub(super) async fn start_groups(&self, start: bool) -> Result<(), ProposeError> {
         for place in self.view.groups() {
             for (replica, node) in &place.replicas {
                 if *node != self.facts.node || self.groups.get(place.group).is_some() {
@@ -247,11 +248,15 @@ impl Control {
                 } else {
                     let origin = self.origin(place.group, *replica);
                     let floor = self.view.group_record(place.group).map_or(0, |record| record.log_floor);
+                    let damage = self.groups.damage_found();
                     let started = self
                         .groups
                         .start_at(place.group, *replica, origin, LogIndex::new(floor))
                         .await;
                     if let Err(error) = started {
+                        if start && self.groups.damage_found() > damage {
+                            return Err(error);
+                        }
                         // The others go on.
                         tracing::error!(group = %place.group, %replica, %error, "a replica could not be started");
                     }

@@ -64,36 +64,40 @@ fn store_options(config: &Config) -> StoreOptions {
     }
 }
 
-async fn open_store(options: StoreOptions) -> Result<Arc<Store>, StartError> {
+async fn open_store(options: StoreOptions) -> Result<Arc<Store>, (StartError, Found)> {
     let opened = tokio::task::spawn_blocking(move || Store::open(options, None))
         .await
-        .map_err(|e| StartError::Failed(e.to_string()))?;
-    opened.map_err(|e: OpenError| {
-        if e.is_damage() {
-            StartError::Damaged(e.to_string())
-        } else {
-            StartError::Failed(e.to_string())
-        }
+        .map_err(|e| (StartError::Failed(e.to_string()), Found::Nothing))?;
+    opened.map_err(|e: OpenError| match e.is_damage() {
+        true if e.is_missing() => (StartError::Damaged(e.to_string()), Found::Nothing),
+        true => (StartError::Damaged(e.to_string()), Found::Opening),
+        false => (StartError::Failed(e.to_string()), Found::Nothing),
     })
 }
 
-/// A node of a cluster whose data is damaged does not go on with what is left of it: it is made anew from the others. The
-/// cluster is asked first, and gives up what the node was, if no group loses its quorum by that; then the data is set
-/// aside, and the node goes on as a new one.
-async fn begin_anew(context: &Context, why: &str) -> Result<(), StartError> {
+/// When damage was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// When the store was opened: nothing runs yet.
+    Opening,
+    /// When the groups were started.
+    Running,
+    /// It is none, or not one that this node could be made anew for.
+    Nothing,
+}
+
+/// A node of a cluster whose data is damaged does not go on with what is left of it: it is made anew from the others. Asks
+/// the cluster to give up what the node was, which it does if no group loses its quorum by that; until then nothing is
+/// changed here.
+async fn agree(context: &Context, why: &str) -> Result<Renewal, StartError> {
     let (config, dir) = (&context.config, context.config.node.data_dir.clone());
-    let failed = |e: std::io::Error| StartError::Failed(format!("the damaged data cannot be set aside: {e}"));
-    let damaged = || StartError::Damaged(why.to_owned());
-    if context.peer_listener.is_none() {
-        return Err(damaged());
-    }
-    let begun = Renewal::begin(&dir, context.clock.now_us() / 1_000_000).map_err(failed)?;
-    let Some(renewal) = begun else {
-        return Err(damaged());
+    let known = Renewal::of(&dir, context.clock.now_us() / 1_000_000).filter(|_| context.peer_listener.is_some());
+    let Some(renewal) = known else {
+        return Err(StartError::Damaged(why.to_owned()));
     };
     tracing::error!(
         "the data of this node is damaged: {why}. The others of its cluster are asked to make its replicas anew; until they \
-         answer nothing is changed"
+         agree nothing is changed here"
     );
     context.alarms.raise(AlarmKind::Damaged, why.to_owned());
     let identity = Identity {
@@ -107,14 +111,40 @@ async fn begin_anew(context: &Context, why: &str) -> Result<(), StartError> {
     cluster::give_up(config, &renewal, node, &context.stop)
         .await
         .map_err(|e| StartError::Damaged(format!("{why}; its replicas cannot be made anew from the others: {e}")))?;
+    let agreed = renewal.clone();
+    let noted = tokio::task::spawn_blocking(move || agreed.begin(&dir)).await;
+    let noted = noted.map_err(|e| StartError::Failed(e.to_string()))?;
+    noted.map_err(|e| StartError::Failed(format!("that this node begins anew cannot be noted: {e}")))?;
+    Ok(renewal)
+}
+
+async fn set_aside(context: &Context, renewal: Renewal) -> Result<(), StartError> {
+    let dir = context.config.node.data_dir.clone();
     let aside = tokio::task::spawn_blocking(move || renewal.set_aside(&dir)).await;
-    let aside = aside.map_err(|e| StartError::Failed(e.to_string()))?.map_err(failed)?;
+    let aside = aside.map_err(|e| StartError::Failed(e.to_string()))?;
+    let aside =
+        aside.map_err(|e| StartError::Failed(format!("the damaged data cannot be set aside: {e}; start it again")))?;
     tracing::warn!(
         aside = %aside.display(),
         "the damaged data was set aside; remove it when the cluster is healthy again and you have no use for it"
     );
     context.alarms.clear(AlarmKind::Damaged);
     Ok(())
+}
+
+/// Starts this program again in its place: parts of the start that found damage may still hold the store. Returns only if
+/// that cannot be done, and why.
+fn again() -> String {
+    use std::os::unix::process::CommandExt as _;
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(e) => return format!("start the node again; its own program is not found: {e}"),
+    };
+    tracing::warn!("the node starts again, to begin anew");
+    let error = std::process::Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .exec();
+    format!("start the node again; it cannot do that by itself: {error}")
 }
 
 /// Everything on one store. Clones share it.
@@ -138,24 +168,39 @@ struct Running {
 
 impl Running {
     async fn start(context: Context) -> Result<Arc<Self>, StartError> {
-        let config = &context.config;
-        let dir = &config.node.data_dir;
+        let dir = &context.config.node.data_dir;
         let renewal = Renewal::load(dir).map_err(|e| StartError::Failed(e.to_string()))?;
-        if renewal.is_some_and(|renewal| renewal.is_to_be_set_aside(dir)) {
-            begin_anew(&context, "its data was found damaged before").await?;
+        // Agreed upon, and cut short.
+        if let Some(renewal) = renewal.filter(|renewal| renewal.is_to_be_set_aside(dir)) {
+            set_aside(&context, renewal).await?;
         }
-        match Self::start_once(&context).await {
-            Err(StartError::Damaged(why)) => {
-                begin_anew(&context, &why).await?;
-                Self::start_once(&context).await
+        let (error, found) = match Self::start_once(&context).await {
+            Ok(running) => return Ok(running),
+            Err(failed) => failed,
+        };
+        let StartError::Damaged(why) = &error else {
+            return Err(error);
+        };
+        match found {
+            Found::Opening => {
+                let renewal = agree(&context, why).await?;
+                set_aside(&context, renewal).await?;
+                Self::start_once(&context).await.map_err(|(error, _)| error)
             }
-            started => started,
+            Found::Running => {
+                let _ = context.tasks.drain(TASKS_MAX).await;
+                agree(&context, why).await?;
+                Err(StartError::Failed(again()))
+            }
+            Found::Nothing => Err(error),
         }
     }
 
-    async fn start_once(context: &Context) -> Result<Arc<Self>, StartError> {
+    async fn start_once(context: &Context) -> Result<Arc<Self>, (StartError, Found)> {
         let store = open_store(store_options(&context.config)).await?;
         let begun = std::time::Instant::now();
+        // What was found and made good when the store was opened is no damage.
+        let known = store.damage().len();
         match Self::start_on(store.clone(), context).await {
             Ok(running) => {
                 tracing::info!(took = ?begun.elapsed(), groups = running.groups.all().len(), "groups started");
@@ -164,12 +209,15 @@ impl Running {
             Err(e) => {
                 // What a group finds wrong with stored records is damage, not a failed start.
                 let damage = store.damage();
-                let error = match damage.first() {
-                    Some(note) => StartError::Damaged(format!(
-                        "{}: {}; restore the directory from a backup, or replace this replica if others hold the data",
-                        e, note.what
-                    )),
-                    None => StartError::Failed(e),
+                let error = match damage.get(known) {
+                    Some(note) => (
+                        StartError::Damaged(format!(
+                            "{}: {}; restore the directory from a backup, or replace this replica if others hold the data",
+                            e, note.what
+                        )),
+                        Found::Running,
+                    ),
+                    None => (StartError::Failed(e), Found::Nothing),
                 };
                 let _ = tokio::task::spawn_blocking(move || store.close()).await;
                 Err(error)

@@ -264,6 +264,11 @@ impl Group {
         Some(metrics.last_quorum_acked.map_or_else(led_for, |at| at.elapsed()))
     }
 
+    /// Between two heartbeats.
+    pub fn heartbeat(&self) -> Duration {
+        Duration::from_millis(self.raft().config().heartbeat_interval)
+    }
+
     /// On a leader: how many of the voters have answered within `age`, itself included.
     pub fn answering(&self, age: Duration) -> usize {
         let metrics = self.metrics();

@@ -288,6 +288,11 @@ impl Groups {
         self.groups.read().get(&id).cloned()
     }
 
+    /// How often damaged records were met with.
+    pub fn damage_found(&self) -> u64 {
+        self.state().damage_found()
+    }
+
     /// The replicas here that cannot go on, and why. A store that has stopped as a whole is another matter: it is checked at
     /// the next start.
     pub fn faults(&self) -> Vec<(GroupId, ReplicaId, String)> {

@@ -98,6 +98,8 @@ impl StorageError {
     }
 }
 
+pub(super) const FOLDER_MISSING: &str = "the folder is missing";
+
 /// Why a data directory was not opened. Each says what is wrong, what is allowed, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -154,6 +156,18 @@ pub enum OpenError {
 }
 
 impl OpenError {
+    /// Whether all of it is missing: that looks more like a volume that is not mounted than like damage.
+    pub fn is_missing(&self) -> bool {
+        match self {
+            OpenError::LogDamaged { what, .. } | OpenError::StateDamaged { what, .. } => what == FOLDER_MISSING,
+            OpenError::Locked { .. }
+            | OpenError::NewerFormat { .. }
+            | OpenError::OtherNode { .. }
+            | OpenError::NotADataDir { .. }
+            | OpenError::Io { .. } => false,
+        }
+    }
+
     /// Whether data is damaged (the server then exits with code 6), as opposed to a wrong set-up.
     pub fn is_damage(&self) -> bool {
         match self {

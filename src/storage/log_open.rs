@@ -29,7 +29,7 @@ pub(super) struct OpenedLog {
 pub(super) fn open(opts: &StoreOptions, cache: &Cache, witness: Mark) -> Result<OpenedLog, OpenError> {
     let dir = opts.dir.join(Area::Log.as_str());
     if !dir.is_dir() {
-        return Err(damaged(&dir, "the folder is missing"));
+        return Err(damaged(&dir, super::error::FOLDER_MISSING));
     }
     let report =
         wal_check::check(&dir, &opts.dir.join(super::store::ASIDE_DIR), witness).map_err(|fault| match fault {

@@ -1,10 +1,12 @@
 //! The file `RENEWAL`: a node whose data is damaged begins anew as another one. It says which store is given up and which
-//! one takes its place, so that a start that is cut short anywhere goes on where it was. Nothing is deleted: what was there
-//! is set aside in a folder beside it.
+//! one takes its place, so that a start that is cut short anywhere goes on where it was. It is written when the members of
+//! the cluster have agreed, and not before. Nothing is deleted: what was there is set aside in a folder beside it.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
 
 use super::cluster_file::ClusterHints;
 use super::identity::{self, IDENTITY_FILE, Identity};
@@ -49,21 +51,16 @@ impl Renewal {
         Self::parse(&text).ok_or_else(bad).map(Some)
     }
 
-    /// Begins one, or takes up the one that is under way. `None`: nobody else can have the data, as the directory is in no
-    /// cluster with peers, or does not say in which.
-    pub fn begin(dir: &Path, now_s: u64) -> io::Result<Option<Self>> {
-        if let Some(known) = Self::load(dir)? {
-            return Ok(Some(known));
-        }
-        let Some(former) = read_identity(dir) else {
-            return Ok(None);
-        };
+    /// What would take the place of what a data directory holds; nothing is changed. `None`: nobody else can have the data,
+    /// as the directory is in no cluster with peers, or does not say in which.
+    pub fn of(dir: &Path, now_s: u64) -> Option<Self> {
+        let former = read_identity(dir)?;
         let (Some(cluster_id), Ok(Some(hints))) = (former.cluster_id, ClusterHints::load(dir)) else {
-            return Ok(None);
+            return None;
         };
         let peers = hints.peers.iter().filter(|peer| peer.node != former.node_id);
-        let renewal = Self {
-            store_id: rand::random(),
+        Some(Self {
+            store_id: successor(former.store_id),
             former_store_id: former.store_id,
             former_node: former.node_id,
             cluster_id,
@@ -72,9 +69,12 @@ impl Renewal {
                 .map(|peer| peer.address.clone())
                 .filter(|address| !address.is_empty())
                 .collect(),
-        };
-        identity::write_atomically(dir, RENEWAL_FILE, &renewal.to_text())?;
-        Ok(Some(renewal))
+        })
+    }
+
+    /// There is no way back from here: the members have agreed. Blocks.
+    pub fn begin(&self, dir: &Path) -> io::Result<()> {
+        identity::write_atomically(dir, RENEWAL_FILE, &self.to_text())
     }
 
     /// Whether the directory still has what is given up, or a part of it.
@@ -148,6 +148,16 @@ impl Renewal {
     }
 }
 
+/// The store that follows a given up one: always the same, so that members that have let it in know it again when whoever
+/// asked them did not hear it.
+fn successor(store_id: u128) -> u128 {
+    let digest = Sha256::new()
+        .chain_update(b"mainstem renewal")
+        .chain_update(store_id.to_be_bytes())
+        .finalize();
+    digest.iter().take(16).fold(0, |id, byte| id << 8 | u128::from(*byte))
+}
+
 fn read_identity(dir: &Path) -> Option<Identity> {
     let text = identity::read_text(dir, IDENTITY_FILE).ok()??.ok()?;
     Identity::parse(&text).ok()
@@ -190,7 +200,9 @@ mod tests {
     fn what_is_given_up_is_set_aside_and_the_new_store_is_the_one_that_was_named() {
         let (dir, former) = member();
         let dir = dir.path();
-        let renewal = Renewal::begin(dir, 5).expect("written").expect("it is in a cluster");
+        let renewal = Renewal::of(dir, 5).expect("it is in a cluster");
+        assert_eq!(Renewal::load(dir).expect("read"), None, "nothing is changed yet");
+        assert_ne!(renewal.store_id, former.store_id);
         assert_eq!(
             (renewal.former_store_id, renewal.former_node),
             (former.store_id, former.node_id)
@@ -199,11 +211,9 @@ mod tests {
             (renewal.peers.as_slice(), renewal.aside.as_str()),
             (&["there:1".to_owned()][..], "damaged-5")
         );
-        assert_eq!(
-            Renewal::begin(dir, 6).expect("read"),
-            Some(renewal.clone()),
-            "it goes on with the same one"
-        );
+        assert_eq!(Renewal::of(dir, 6).map(|again| again.store_id), Some(renewal.store_id));
+        renewal.begin(dir).expect("written");
+        assert_eq!(Renewal::load(dir).expect("read"), Some(renewal.clone()));
         assert!(renewal.is_to_be_set_aside(dir));
         // Cut short in the middle: the identity was still there.
         fs::create_dir_all(dir.join("damaged-5")).expect("a folder");
@@ -231,14 +241,14 @@ mod tests {
             .expect("a new store")
             .close()
             .expect("closed");
-        assert_eq!(Renewal::begin(dir.path(), 5).expect("read"), None);
-        assert!(!dir.path().join(RENEWAL_FILE).exists());
+        assert_eq!(Renewal::of(dir.path(), 5), None);
     }
 
     #[test]
     fn a_damaged_file_is_told() {
         let (dir, _) = member();
-        Renewal::begin(dir.path(), 5).expect("written");
+        let renewal = Renewal::of(dir.path(), 5).expect("it is in a cluster");
+        renewal.begin(dir.path()).expect("written");
         let path = dir.path().join(RENEWAL_FILE);
         let text = fs::read_to_string(&path)
             .expect("text")

@@ -118,6 +118,10 @@ impl Shared {
         }
     }
 
+    pub fn damage_found(&self) -> u64 {
+        self.damage_found.load(Ordering::Relaxed)
+    }
+
     pub fn damage(&self) -> Vec<DamageNote> {
         self.damage.lock().clone()
     }

@@ -19,6 +19,11 @@ use crate::model::{GroupId, Sequence, ShardId, StoredBatch, TimeUs};
 const CHUNK_BYTES: usize = 1 << 20;
 
 impl StateDb {
+    /// How often damage was met with in this store.
+    pub fn damage_found(&self) -> u64 {
+        self.0.shared.damage_found()
+    }
+
     fn batch_iter(&self, shard: ShardId) -> DBRawIterator<'_> {
         let (_, end) = keys::batches_of(shard);
         let mut options = ReadOptions::default();

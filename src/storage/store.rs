@@ -456,7 +456,7 @@ fn open_state(
         groups: Vec::new(),
     };
     if !dir.is_dir() {
-        return Err(damaged("the folder is missing".into()));
+        return Err(damaged(super::error::FOLDER_MISSING.into()));
     }
     let durable_floors = Arc::new(DurableFloors::default());
     let db =

@@ -136,6 +136,7 @@ fn happen(world: &mut World, event: &Event, story: &Story, next: &mut u64) -> Re
                 force: *force,
                 accept_loss: false,
                 unreachable_nodes: world.unreachable(),
+                weak_groups: Vec::new(),
             }));
             if matches!(outcome, MetaOutcome::NodeChanged(_)) {
                 world.up.insert(NodeId::new(*node), false);

@@ -8,6 +8,7 @@ mod memory;
 mod one;
 mod publish;
 mod read;
+mod rebuild;
 mod restart;
 mod shards;
 
@@ -138,6 +139,12 @@ pub const ALL: &[Figure] = &[
         about: "creating a stream of three replicas: under 50 ms",
         time_max: TIME_MAX,
         measure: |lab, name| Box::pin(create::streams(lab, name)),
+    },
+    Figure {
+        name: "rebuild-1g",
+        about: "a replica of 1 GiB from scratch: 100 MiB/s; beside it publishing loses less than 30 %",
+        time_max: TIME_MAX,
+        measure: |lab, name| Box::pin(rebuild::from_scratch(lab, name)),
     },
 ];
 

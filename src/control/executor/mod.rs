@@ -182,6 +182,7 @@ impl Control {
                         leader: ReplicaId::new(group.replica_id),
                         current: group.current.into_iter().map(ReplicaId::new).collect(),
                     };
+                    self.liveness.current(id, told.current.clone());
                     heard.reports.groups.insert(id, told);
                 }
             }
@@ -199,18 +200,19 @@ impl Control {
         };
     }
 
-    /// Whether most replicas of a group were on nodes that were removed: it will never have a leader again.
+    /// Whether half or more of a group's voters were on nodes that were removed: it will never have a leader again.
     fn is_lost(&self, group: GroupId) -> bool {
-        let Some(place) = self.view.group(group) else {
+        let Some(record) = self.view.group_record(group) else {
             return false;
         };
-        let removed = |node: NodeId| {
-            self.view
-                .node(node)
-                .is_some_and(|n| n.state() == pb::NodeState::Removed)
+        let removed = |id: u64| {
+            let node = self.view.node(NodeId::new(id));
+            node.is_some_and(|n| n.state() == pb::NodeState::Removed)
         };
-        let gone = place.replicas.iter().filter(|(_, node)| removed(*node)).count();
-        gone > 0 && gone * 2 >= place.replicas.len()
+        let votes = |replica: &&pb::ReplicaRecord| replica.role() == pb::ReplicaRole::Voter;
+        let voters = || record.replicas.iter().filter(votes);
+        let gone = voters().filter(|replica| removed(replica.node_id)).count();
+        gone > 0 && gone * 2 >= voters().count()
     }
 
     /// Streams of which every shard is there become active; those of which none is left are forgotten.

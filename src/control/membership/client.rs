@@ -27,6 +27,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(3);
 #[derive(Debug, Clone)]
 pub struct JoinFacts {
     pub cluster_name: String,
+    /// The cluster that it was in: no other will do.
+    pub cluster_id: Option<String>,
     pub store_id: u128,
     /// Node id and store id are filled in here.
     pub node: pb::JoinNode,
@@ -185,6 +187,17 @@ impl Joining {
             // It may be gone already.
             let _ = say(&frames, Step::Refused(theirs)).await;
             return Err(Trouble::Refused(text.into()));
+        }
+        if let Some(known) = self
+            .facts
+            .cluster_id
+            .as_ref()
+            .filter(|known| **known != challenge.cluster_id)
+        {
+            return Err(Trouble::Refused(format!(
+                "it is a node of cluster {}, this one was in cluster {known}",
+                challenge.cluster_id
+            )));
         }
         let node = pb::JoinNode {
             node_id: 0,

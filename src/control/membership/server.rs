@@ -198,9 +198,11 @@ impl Inner {
                 })
             }
             // Other nodes may come back.
-            Err(AdminError::Refused(refusal @ MetaRefusal::WouldBreakQuorum { .. })) => refused(
+            Err(AdminError::Refused(
+                refusal @ (MetaRefusal::WouldBreakQuorum { .. } | MetaRefusal::InFlight { .. }),
+            )) => refused(
                 format!(
-                    "what its former self held cannot be given up while {refusal}; start the nodes that are missing. If that \
+                    "what its former self held cannot be given up while {refusal}; start the nodes that are missing, if any are. If that \
                      data is the only copy, restore it from a backup, or give it up: mainstem node remove n{} --force \
                      --accept-loss",
                     former.0
@@ -242,6 +244,8 @@ impl Control {
             force: true,
             accept_loss: false,
             unreachable_nodes: down.collect(),
+            // Told by the meta group's leader.
+            weak_groups: Vec::new(),
         };
         let op = pb::meta_command::Op::RemoveNode(remove);
         match self.propose_meta(String::new(), op).await? {

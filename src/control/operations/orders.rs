@@ -268,6 +268,8 @@ impl Operations {
             force,
             accept_loss,
             unreachable_nodes: gathered.silent.keys().map(|node| node.get()).collect(),
+            // Told by the meta group's leader.
+            weak_groups: Vec::new(),
         };
         self.change_node(request_id, Op::RemoveNode(remove)).await
     }

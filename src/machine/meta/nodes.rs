@@ -282,7 +282,7 @@ impl MetaMachine {
             group.removed.retain(|replica| replica.node_id != node.node_id);
             self.put_group(sink, group);
         }
-        self.renew_lost_pool(sink, &mut cluster, &remove.unreachable_nodes);
+        self.renew_lost_pool(sink, &mut cluster, &remove.unreachable_nodes, None);
         self.put_cluster(sink, cluster);
         Ok(MetaOutcome::NodeChanged(node))
     }
@@ -351,6 +351,20 @@ impl MetaMachine {
                     needed,
                 });
             }
+        }
+        let is_weak = |group: &pb::GroupRecord| {
+            let here = |replica: &pb::ReplicaRecord| replica.node_id == node.node_id;
+            remove.weak_groups.contains(&group.group_id) && group.shards > 0 && group.replicas.iter().any(here)
+        };
+        let weak = self.groups.values().find(|group| is_weak(group));
+        if let Some(group) = weak.filter(|_| remove.force && !remove.accept_loss) {
+            return Err(MetaRefusal::InFlight {
+                what: format!(
+                    "group {} ({} shards) is not known to have a majority of replicas with everything, besides that of {}; \
+                     wait until it has",
+                    group.group_id, group.shards, node.name
+                ),
+            });
         }
         if held > 0 && !remove.force && !remove.accept_loss {
             return Err(MetaRefusal::NodeHoldsReplicas {

@@ -128,35 +128,41 @@ impl MetaMachine {
     }
 
     /// Pooled groups that were lost while they held no shard are given up. Those for streams of one replica get a successor
-    /// on another node, so that the pool keeps its size; others are made when a stream wants one. Changes `cluster`, which
-    /// the caller writes.
+    /// on another node, so that the pool keeps its size, or stay until there is one; others are made when a stream wants
+    /// one. Only groups of `among`, if that is told. Changes `cluster`, which the caller writes.
     pub(super) fn renew_lost_pool(
         &mut self,
         sink: &mut dyn ShardSink,
         cluster: &mut pb::ClusterRecord,
         unreachable: &[u64],
+        among: Option<&[pb::ShardPlacement]>,
     ) {
         let lost: Vec<Arc<pb::GroupRecord>> = self
             .groups
             .values()
             .filter(|group| group.pooled && group.shards == 0 && self.is_lost(group))
+            .filter(|group| among.is_none_or(|among| among.iter().any(|p| p.group_id == group.group_id)))
             .filter(|group| self.move_of(GroupId::new(group.group_id)).is_none())
             .cloned()
             .collect();
         for group in lost {
-            self.groups.remove(&GroupId::new(group.group_id));
-            sink.drop_meta(MetaKind::Group, &group.group_id.to_be_bytes());
-            cluster.pool_groups.retain(|id| *id != group.group_id);
-            if wanted_replicas(&group) != 1 {
-                continue;
-            }
             let request = Request {
                 replicas: 1,
                 placement: group.placement.as_ref(),
                 ..Request::default()
             };
-            let nodes = place(&node_shapes(self, unreachable), &request).nodes;
-            if nodes.is_empty() {
+            let is_kept = wanted_replicas(&group) == 1;
+            let nodes = match is_kept {
+                true => place(&node_shapes(self, unreachable), &request).nodes,
+                false => Vec::new(),
+            };
+            if is_kept && nodes.is_empty() {
+                continue;
+            }
+            self.groups.remove(&GroupId::new(group.group_id));
+            sink.drop_meta(MetaKind::Group, &group.group_id.to_be_bytes());
+            cluster.pool_groups.retain(|id| *id != group.group_id);
+            if !is_kept {
                 continue;
             }
             let successor = pb::GroupRecord {

@@ -276,7 +276,7 @@ impl MetaMachine {
         if let Some(cluster) = &self.cluster {
             // The last shards of groups that were lost with their nodes may have been these.
             let mut cluster = pb::ClusterRecord::clone(cluster);
-            self.renew_lost_pool(sink, &mut cluster, &[]);
+            self.renew_lost_pool(sink, &mut cluster, &[], Some(&stream.shards));
             self.put_cluster(sink, cluster);
         }
         Ok(MetaOutcome::StreamForgotten(stream))
