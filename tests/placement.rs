@@ -312,6 +312,16 @@ fn ten_thousand_groups() {
         "the empty node gets something"
     );
     assert!(begun.elapsed().as_secs() < 5);
+    // What somebody has just had handed over stays where it is.
+    for report in reports.nodes.values_mut() {
+        report.handed_over = groups.iter().map(|group| GroupId::new(group.group_id)).collect();
+    }
+    let held = plan(&shape, &reports, now);
+    assert!(
+        !held
+            .iter()
+            .any(|action| matches!(action.step, Step::TransferLeader { .. }))
+    );
 }
 
 fn three() -> World {

@@ -20,7 +20,7 @@ use super::purge::{LogKeep, Others, PurgeHold};
 use super::registry::GroupsOptions;
 use super::state_machine::GroupMachine;
 use super::transport::PeerNetwork;
-use super::types::{Applied, Mainstem, Proposal};
+use super::types::{Applied, Mainstem, Proposal, RaftInstant};
 use crate::base::RetryClass;
 use crate::base::metric_names as names;
 use crate::model::{GroupId, LogIndex, ReplicaId, Term};
@@ -190,6 +190,10 @@ pub struct Group {
     keep: LogKeep,
     /// When a leader was heard of last.
     pub(super) heard: Arc<Mutex<Option<Instant>>>,
+    /// The last time of which a quorum was heard to have answered, and when that was first seen.
+    pub(super) quorum_seen: Arc<Mutex<Option<(RaftInstant, RaftInstant)>>>,
+    /// When somebody had the replica here hand over.
+    pub(super) ordered: Arc<Mutex<Option<Instant>>>,
     /// No replica of the group comes into being from log entries up to here; 0: there are none.
     floor: Arc<AtomicU64>,
     /// Ends what the state machine waits for; and tells when it writes nothing any more.
@@ -269,6 +273,8 @@ impl Group {
             hold,
             keep: options.keep,
             heard: Arc::default(),
+            quorum_seen: Arc::default(),
+            ordered: Arc::default(),
             floor: Arc::default(),
             stop,
             ended,

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::group::{Group, GroupStatus};
 use super::purge::Others;
 use super::trail::LogLag;
-use super::types::Mainstem;
+use super::types::{Mainstem, RaftInstant};
 use crate::base::RetryClass;
 use crate::model::{GroupId, LogIndex, ReplicaId, Term};
 
@@ -246,22 +246,45 @@ impl Group {
 
     /// Whether this replica leads and a quorum has answered it within `age`. A group of one voter is its own quorum.
     pub fn leads_quorum(&self, age: Duration) -> bool {
-        let metrics = self.metrics();
-        if !metrics.state.is_leader() {
+        if !self.metrics().state.is_leader() {
             return false;
         }
-        let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
-        alone || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() <= age)
+        self.quorum_silence().is_none_or(|silence| silence <= age)
     }
 
     /// On a leader of several voters: how long no quorum has answered it, since it leads if none has yet.
+    ///
+    /// openraft tells when the last request was *sent* that a quorum has answered. Under load that can be long ago though
+    /// answers come all the time: so long as it goes on, there is no silence.
     pub fn quorum_silence(&self) -> Option<Duration> {
         let metrics = self.metrics();
         if !metrics.state.is_leader() || members_of(&metrics).voters.len() <= 1 {
             return None;
         }
-        let led_for = || self.leader.borrow().since.elapsed().unwrap_or_default();
-        Some(metrics.last_quorum_acked.map_or_else(led_for, |at| at.elapsed()))
+        let Some(acked) = metrics.last_quorum_acked else {
+            return Some(self.leader.borrow().since.elapsed().unwrap_or_default());
+        };
+        let (sent, now) = (*acked, RaftInstant::now());
+        let mut seen = self.quorum_seen.lock();
+        let since = match *seen {
+            Some((known, since)) if known == sent => since,
+            // Seen for the first time: it has come since the last look, or was there already at the first.
+            Some(_) => now,
+            None => sent,
+        };
+        *seen = Some((sent, since));
+        drop(seen);
+        Some(sent.max(since).elapsed())
+    }
+
+    /// Somebody has had it hand over.
+    pub fn note_order(&self) {
+        *self.ordered.lock() = Some(std::time::Instant::now());
+    }
+
+    /// Whether somebody has had the replica here hand over, so long ago at the most.
+    pub fn was_ordered(&self, within: Duration) -> bool {
+        self.ordered.lock().is_some_and(|at| at.elapsed() <= within)
     }
 
     /// Between two heartbeats.

@@ -52,6 +52,8 @@ openraft::declare_raft_types!(
         AsyncRuntime = openraft_rt_tokio::TokioRuntime,
 );
 
+/// Of openraft's clock.
+pub type RaftInstant = openraft::alias::InstantOf<Mainstem>;
 pub type LeaderId = openraft::impls::leader_id_adv::LeaderId<u64, u64>;
 pub type LogId = openraft::LogId<LeaderId>;
 pub type Vote = openraft::impls::Vote<LeaderId>;

@@ -170,6 +170,7 @@ impl Control {
                 bytes: pong.bytes,
                 damaged: pong.damaged.into_iter().map(ReplicaId::new).collect(),
                 stopping: pong.stopping,
+                handed_over: pong.handed_over.into_iter().map(GroupId::new).collect(),
                 ..NodeReport::default()
             };
             for group in pong.groups {

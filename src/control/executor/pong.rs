@@ -1,6 +1,7 @@
 //! What a node tells the meta group's leader, and the orders it takes from it.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use crate::control::Control;
 use crate::control::meta::QUORUM_AGE;
@@ -8,6 +9,9 @@ use crate::model::{GroupId, ReplicaId, ShardId};
 use crate::wire::internal as pb;
 
 use super::duties;
+
+/// How long the leaders are not balanced against an order.
+const ORDER_HOLDS: Duration = Duration::from_secs(600);
 
 impl Control {
     /// The answer to a ping; its orders are begun.
@@ -27,6 +31,9 @@ impl Control {
         let directory = self.groups.directory();
         pong.bytes = directory.all().iter().map(|shard| shard.positions().bytes).sum();
         for group in self.groups.all() {
+            if group.was_ordered(ORDER_HOLDS) {
+                pong.handed_over.push(group.id.get());
+            }
             let report = group.report();
             let leads = group.leads_quorum(QUORUM_AGE);
             pong.groups.push(pb::GroupPong {

@@ -105,7 +105,16 @@ impl Planner<'_> {
     fn balance_leaders(&mut self) {
         let view = self.view;
         let mut edges = Edges::new();
-        for group in view.groups.values().filter(|group| !self.busy.contains(&group.id)) {
+        // What somebody has just done is not undone.
+        let ordered = |group: &GroupShape| {
+            let mut reports = self.reports.nodes.values();
+            reports.any(|report| report.handed_over.contains(&group.id))
+        };
+        for group in view
+            .groups
+            .values()
+            .filter(|group| !self.busy.contains(&group.id) && !ordered(group))
+        {
             let Some((leader, from)) = self.leader_of(group) else {
                 continue;
             };

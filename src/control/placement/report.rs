@@ -26,6 +26,8 @@ pub struct NodeReport {
     pub bytes: u64,
     /// It is being stopped, and shall lead nothing new.
     pub stopping: bool,
+    /// Groups that it was ordered of late to hand over.
+    pub handed_over: BTreeSet<GroupId>,
     /// Replicas on it whose logs are damaged: they never run again.
     pub damaged: BTreeSet<ReplicaId>,
     /// Up to where the logs of its replicas are purged.

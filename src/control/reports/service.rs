@@ -89,6 +89,7 @@ pub(in crate::control) async fn hand_over(
         Some(replica) => group.transfer_leader(ReplicaId::new(replica), patience).await?,
         None => group.step_down(patience).await?,
     }
+    group.note_order();
     let now = group.status();
     Ok(pb::GroupAdminAnswer {
         leader_replica: now.leader.map(|r| r.get()),
