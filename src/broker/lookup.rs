@@ -59,10 +59,10 @@ impl Broker {
             Face::Here { shared, group } => (shared, group),
         };
         self.barrier_of(shared, replica).await?;
-        // What the former group has applied shows that the shard went on: then the new one has the last word.
-        let next = shared
-            .heir()
-            .or_else(|| shared.came_from(replica.id).then(|| shared.group()));
+        // Where the shard has gone on, by what the former group has applied or the replica here has, another group has the last
+        // word.
+        let owner = shared.group();
+        let next = shared.heir().or_else(|| (owner != replica.id).then_some(owner));
         match next.and_then(|next| self.groups().get(next)) {
             Some(next) => self.barrier_of(shared, &next).await,
             None => Ok(()),

@@ -81,8 +81,12 @@ impl Control {
         Ok(())
     }
 
-    /// Adopts a sealed shard in its new group.
+    /// Adopts a sealed shard in its new group, while the catalog wants it: a leader whose view is behind must not take it
+    /// once more after it went on.
     pub(super) async fn adopt_shard(&self, group: &Group, on: &ShardOnItsWay) -> Result<(), ProposeError> {
+        if self.barrier().await.is_err() || !self.view.moves_of(group.id).contains(on) {
+            return Ok(());
+        }
         let adopt = pb::AdoptShard {
             shard_id: on.shard.get(),
             from_group: on.moving.from_group,
