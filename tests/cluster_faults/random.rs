@@ -92,9 +92,25 @@ async fn step_down(cluster: &mut Cluster, stream: &str) -> String {
 
 /// Lets one step happen; tells what came of it.
 async fn take(cluster: &mut Cluster, step: &Step, streams: &[v1::Stream], rng: &mut StdRng) -> String {
+    // One whose disk is damaged may have ended by itself.
+    if let Step::Kill(i) | Step::Pause(i) | Step::SlowDisk(i, _) | Step::ClockJump(i, _) = step {
+        cluster[*i].ended().await;
+        if !cluster[*i].runs() {
+            return "it has ended".into();
+        }
+    }
     match step {
         Step::Kill(i) => cluster.kill(*i).await,
-        Step::PowerFail(which) => cluster.power_fail(which, rng.random::<u32>().into()).await,
+        Step::PowerFail(which) => {
+            let mut hit = Vec::new();
+            for &i in which {
+                cluster[i].ended().await;
+                if cluster[i].runs() {
+                    hit.push(i);
+                }
+            }
+            cluster.power_fail(&hit, rng.random::<u32>().into()).await;
+        }
         Step::Start(i) => cluster[*i].launch(),
         Step::Pause(i) => cluster.pause(*i),
         Step::Resume(i) => cluster.resume(*i),
