@@ -246,6 +246,7 @@ impl Group {
         if let Some(snapshot) = machine.installed() {
             log.begin_behind(snapshot).await.map_err(|e| stopped(e.to_string()))?;
         }
+        machine.wait_for_nobody().map_err(|e| stopped(e.to_string()))?;
         if origin == Origin::Restart && log.last().is_none() {
             return Err(stopped(
                 "there is no log of it here: it can only join, or be founded".into(),

@@ -1,11 +1,18 @@
-//! Loading a group's machines from `state/`: at start, and again after a snapshot was installed.
+//! Loading a group's machines from `state/`: at start, and again after a snapshot was installed; and what of the log is
+//! applied again before a replica runs.
 
 use std::io;
 
+use openraft::EntryPayload;
+use prost::Message;
+
+use super::log_store::GroupLog;
+use super::types::LogId;
 use crate::machine::port::MetaKind;
 use crate::machine::{self, MetaMachine, ShardMachine};
 use crate::model::GroupId;
 use crate::storage::{StateDb, StorageError};
+use crate::wire::internal as pb;
 
 fn io_error(e: StorageError) -> io::Error {
     io::Error::other(e)
@@ -54,4 +61,35 @@ pub(super) fn machine(group: GroupId, state: &StateDb) -> io::Result<machine::Gr
         shards.push(machine);
     }
     Ok(machine::GroupMachine::data(group, shards))
+}
+
+/// Entries are looked through in pieces of about so many bytes.
+const LOOK_BYTES: usize = 1 << 20;
+
+/// The first entry behind `applied` that is known to be committed and builds on what another group's replica here has not
+/// applied. While a replica starts, openraft applies what is committed, and no other replica starts: the wait would not end.
+pub(super) fn first_that_waits(log: &GroupLog, applied: Option<LogId>, state: &StateDb) -> io::Result<Option<u64>> {
+    let end = log.committed().map_or(0, |id| id.index + 1);
+    let mut next = applied.map_or(0, |id| id.index + 1);
+    while next < end {
+        let entries = log.read_range(next, end, LOOK_BYTES)?;
+        let Some(last) = entries.last().map(|entry| entry.log_id.index) else {
+            break;
+        };
+        for entry in entries {
+            let EntryPayload::Normal(proposal) = entry.payload else {
+                continue;
+            };
+            // One that cannot be read is a matter for apply.
+            let Ok(command) = pb::GroupCommand::decode(proposal.0) else {
+                continue;
+            };
+            let waits = machine::waits_for(&command);
+            if waits.is_some_and(|(other, index)| state.applied_index(other) < Some(index)) {
+                return Ok(Some(entry.log_id.index));
+            }
+        }
+        next = last + 1;
+    }
+    Ok(None)
 }

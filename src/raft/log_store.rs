@@ -195,6 +195,21 @@ impl GroupLog {
         })
     }
 
+    /// As far as it was noted here.
+    pub fn committed(&self) -> Option<LogId> {
+        self.tail.lock().committed
+    }
+
+    /// Forgets that the entries from this one on are committed: the leader will tell again.
+    pub fn forget_committed(&self, from: u64) -> io::Result<()> {
+        let before = match from.checked_sub(1) {
+            Some(index) => Some(self.id_at(index)?),
+            None => None,
+        };
+        self.tail.lock().committed = before;
+        Ok(())
+    }
+
     /// Told by the state machine; lets the tail drop what nobody will ask for soon.
     pub fn set_applied(&self, index: u64) {
         let mut tail = self.tail.lock();
@@ -202,7 +217,7 @@ impl GroupLog {
         tail.trim();
     }
 
-    fn read_range(&self, from: u64, to: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+    pub(super) fn read_range(&self, from: u64, to: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
         let mut out = Vec::new();
         let mut bytes = 0;
         let (from_disk, recent) = {

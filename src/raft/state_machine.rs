@@ -180,6 +180,14 @@ impl GroupMachine {
         self.hold.clone()
     }
 
+    /// Sees to it that the replica can start though others here, which it must wait for, have not yet.
+    pub fn wait_for_nobody(&self) -> io::Result<()> {
+        match load::first_that_waits(&self.log, self.applied, &self.context.state)? {
+            Some(index) => self.log.forget_committed(index),
+            None => Ok(()),
+        }
+    }
+
     fn reported(&self) -> Option<LogId> {
         reported(self.applied, self.installed, &self.log)
     }
