@@ -110,6 +110,40 @@ fn first_of(outcome: GroupOutcome) -> (Sequence, bool) {
     (stored.first, stored.whole_duplicate)
 }
 
+/// A replica's copy of one group is replaced by a snapshot in which the shard has been away and has come back; the other
+/// group's replica on that node has its log from before to apply still.
+#[test]
+fn what_was_overtaken_by_a_snapshot_is_of_no_effect() {
+    let store = Store::new(false);
+    let mut from = GroupMachine::data(GROUP, []);
+    let mut to = GroupMachine::data(TO, []);
+    apply(&mut from, &store, create()).unwrap();
+    let (tail, digest, _) = sealed(apply(&mut from, &store, seal(TO, 5)).unwrap());
+    apply(&mut to, &store, adopt(GROUP, 5, tail, digest)).unwrap();
+    apply(&mut to, &store, publish(100, 1, 1, None)).unwrap();
+    let (tail_2, digest_2, _) = sealed(apply(&mut to, &store, seal(GROUP, 6)).unwrap());
+    apply(&mut from, &store, adopt(TO, 6, tail_2, digest_2)).unwrap();
+    store.0.borrow_mut().writes.clear();
+    let mut late = GroupMachine::data(TO, []);
+    for op in [
+        create(),
+        adopt(GROUP, 5, tail, digest),
+        publish(100, 1, 1, None),
+        seal(GROUP, 6),
+    ] {
+        let outcome = apply(&mut late, &store, op).unwrap();
+        assert!(
+            matches!(outcome, GroupOutcome::NoShard | GroupOutcome::Created { existed: true }),
+            "{outcome:?}"
+        );
+    }
+    assert!(store.0.borrow().writes.is_empty());
+    // From there on it goes with the others.
+    let (tail, digest, _) = sealed(apply(&mut from, &store, seal(TO, 7)).unwrap());
+    let outcome = apply(&mut late, &store, adopt(GROUP, 7, tail, digest)).unwrap();
+    assert_eq!(outcome, GroupOutcome::Adopted { tail, existed: false });
+}
+
 #[test]
 fn nothing_of_a_sealed_shard_changes() {
     let store = Store::new(false);

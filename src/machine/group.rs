@@ -123,7 +123,7 @@ impl GroupMachine {
             return Err(UnknownFeature::WrongGroup.into());
         }
         Ok(match op {
-            Op::CreateShard(create) => self.create(sink, create),
+            Op::CreateShard(create) => self.create(view, sink, create)?,
             Op::UpdateShard(update) => match self.owned(update.shard_id) {
                 Ok(shard) => {
                     let config = update.config.clone().ok_or(UnknownFeature::Command)?;
@@ -204,13 +204,17 @@ impl GroupMachine {
         adopt: &pb::AdoptShard,
     ) -> Result<GroupOutcome, ApplyError> {
         let id = ShardId::new(adopt.shard_id);
-        if let Some(shard) = self.shards.get(&id) {
-            if shard.origin().is_some_and(|origin| origin.move_id == adopt.move_id) {
-                return Ok(GroupOutcome::Adopted {
-                    tail: shard.tail(),
-                    existed: true,
-                });
-            }
+        let known = self.shards.get(&id);
+        if let Some(shard) = known.filter(|shard| shard.origin().is_some_and(|o| o.move_id >= adopt.move_id)) {
+            return Ok(GroupOutcome::Adopted {
+                tail: shard.tail(),
+                existed: true,
+            });
+        }
+        if ShardMachine::went_on(view, adopt)? {
+            return Ok(GroupOutcome::NoShard);
+        }
+        if let Some(shard) = known {
             // One that went away from here may come back; one that never went cannot come.
             if shard.seal().is_none() {
                 return Err(AdoptFault::NotSealed {
@@ -226,14 +230,20 @@ impl GroupMachine {
         Ok(GroupOutcome::Adopted { tail, existed: false })
     }
 
-    fn create(&mut self, sink: &mut dyn ShardSink, create: &pb::CreateShard) -> GroupOutcome {
+    fn create(
+        &mut self,
+        view: &dyn ShardView,
+        sink: &mut dyn ShardSink,
+        create: &pb::CreateShard,
+    ) -> Result<GroupOutcome, ApplyError> {
         let id = ShardId::new(create.shard_id);
-        let existed = self.shards.contains_key(&id);
+        // One that another group has here has moved on since: its replica came by a snapshot while this log is behind.
+        let existed = self.shards.contains_key(&id) || view.shard_state(id)?.is_some_and(|state| state.group != self.group);
         if !existed {
             let config = create.config.clone().unwrap_or_default();
             self.shards
                 .insert(id, ShardMachine::create(sink, id, self.group, config));
         }
-        GroupOutcome::Created { existed }
+        Ok(GroupOutcome::Created { existed })
     }
 }

@@ -67,6 +67,17 @@ impl ShardMachine {
         self.write(sink);
     }
 
+    /// Whether this replica's copy is of a time behind the adoption: another group's replica here was brought up to date by
+    /// a snapshot, in which the shard had come back by a later move, while this group's log is behind. What is left of it
+    /// there is of no effect.
+    pub fn went_on(view: &dyn ShardView, adopt: &pb::AdoptShard) -> Result<bool, ViewError> {
+        let found = view.shard_state(ShardId::new(adopt.shard_id))?;
+        // One that cannot be read is found by the adoption itself.
+        let record = found.and_then(|state| pb::ShardRecord::decode(state.record).ok());
+        let origin = record.and_then(|record| record.origin);
+        Ok(origin.is_some_and(|origin| origin.move_id > adopt.move_id))
+    }
+
     /// The shard in its new group, from what the former one left in the applied state.
     pub fn apply_adopt(
         view: &dyn ShardView,
