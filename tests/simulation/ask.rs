@@ -2,14 +2,16 @@
 //! and puts its answer where the simulation finds it.
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use mainstem::base::RetryClass;
-use mainstem::model::{ReplicaId, Sequence, ShardId};
+use mainstem::model::{GroupId, ReplicaId, Sequence, ShardId};
 use mainstem::raft::{Applied, Group, Groups, ProposeError};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 
 use super::invariants::log_matching::Leader;
 
@@ -69,17 +71,60 @@ async fn answer(group: &Group, groups: &Groups, ask: Ask) -> Told {
                 Err(e) => Told::Failed(e.retry_class(), None, e.to_string()),
             }
         }
-        Ask::Read(shard) => match group.read_barrier().await {
-            Ok(()) => match groups.directory().get(shard) {
-                Some(shared) => Told::Tail(shared.positions().tail),
-                None => failed("there is no such shard here"),
-            },
-            Err(e) => failed(e),
-        },
+        Ask::Read(shard) => read(group, groups, shard).await.unwrap_or_else(failed),
         Ask::AddLearner(replica) => done(group.add_learner(replica).await),
         Ask::Change(voters) => done(group.change_membership(voters).await),
         Ask::HandOver(to) => done(group.transfer_leader(to, PATIENCE).await),
     }
+}
+
+/// Removes what a removed replica has left. Its part that blocks is done on a thread of `aside`, which has one: nothing else
+/// is done meanwhile, so that the thread's pace is no part of what happens.
+pub async fn clear_out(id: u64, groups: Arc<Groups>, group: GroupId, aside: Handle, answers: Answers) {
+    let told = {
+        let mut work = pin!(groups.clear_out(group));
+        let mut awaited = false;
+        let done = std::future::poll_fn(|cx| {
+            loop {
+                // From here on the next that it waits for is the thread; before, it is timers and the log.
+                let blocks = groups.is_aside(group) && !awaited;
+                let entered = blocks.then(|| aside.enter());
+                let polled = work.as_mut().poll(cx);
+                drop(entered);
+                if !blocks || polled.is_ready() {
+                    return polled;
+                }
+                awaited = true;
+                let (tx, rx) = std::sync::mpsc::channel();
+                // In line behind it.
+                aside.spawn_blocking(move || tx.send(()));
+                rx.recv().expect("the thread goes on");
+            }
+        });
+        match done.await {
+            Ok(()) => Told::Done,
+            Err(e) => failed(e),
+        }
+    };
+    answers.lock().push((id, told));
+}
+
+/// As the broker does it (`broker/lookup`), but that whoever asks has come to the node that leads.
+async fn read(group: &Group, groups: &Groups, shard: ShardId) -> Result<Told, String> {
+    let shared = groups.directory().get(shard).ok_or("there is no such shard here")?;
+    let mut group = group.clone();
+    if shared.came_from(group.id) {
+        group = groups.get(shared.group()).ok_or("its group has no replica here")?;
+    }
+    group.read_barrier().await.map_err(|e| e.to_string())?;
+    // What the former group has applied shows that the shard went on: then the new one has the last word.
+    let next = shared
+        .heir()
+        .or_else(|| shared.came_from(group.id).then(|| shared.group()));
+    if let Some(next) = next.and_then(|next| groups.get(next)) {
+        next.read_barrier().await.map_err(|e| e.to_string())?;
+    }
+    Ok(Told::Tail(shared.positions().tail))
 }
 
 async fn propose(group: &Group, command: Bytes) -> Result<(u64, Leader, Applied), ProposeError> {

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use mainstem::model::{GroupId, ReplicaId};
 use mainstem::raft::{Members, Origin};
 
-use super::ask::Ask;
+use super::ask::{Ask, Told};
 use super::invariants::Verdict;
 use super::net::{MS, NodeNo};
 use super::node::{Wanted, replica};
@@ -30,7 +30,39 @@ impl World {
         for (group, _) in self.scene.groups.clone() {
             self.change_of(group)?;
         }
+        for (old, (group, no)) in self.former.clone() {
+            self.leave(group, old, no)?;
+        }
         Ok(())
+    }
+
+    /// A node hears, sooner or later, that its replica was removed, and removes what that has left.
+    fn leave(&mut self, group: GroupId, old: ReplicaId, no: NodeNo) -> Verdict {
+        if self.nodes[no - 1].run.is_none() || self.is_clearing(old) || !(self.quiet || self.rng.one_in(4)) {
+            return Ok(());
+        }
+        self.node(no).wanted.retain(|w| w.replica != old);
+        self.note(format_args!("n{no} removes what {old} has left"));
+        self.clear_out(no, group, old)
+    }
+
+    /// The node has removed it. Once in a while it believes later, from an old copy of the catalog, that it has it still.
+    pub fn emptied(&mut self, old: ReplicaId, told: &Told) {
+        self.note(format_args!("{old} is removed: {told:?}"));
+        let Some((group, no)) = self.former.get(&old).copied().filter(|_| *told == Told::Done) else {
+            return;
+        };
+        self.former.remove(&old);
+        self.invariants.one_owner.emptied(old);
+        if self.rng.one_in(2) {
+            let gone = Wanted {
+                group,
+                replica: old,
+                origin: Origin::Join,
+                gone: true,
+            };
+            self.node(no).wanted.insert(0, gone);
+        }
     }
 
     fn change_of(&mut self, group: GroupId) -> Verdict {
@@ -104,38 +136,52 @@ impl World {
             }
             return Ok(());
         }
-        // A node never gets a second replica of a group.
-        let free: Vec<NodeNo> = (1..=self.scene.nodes)
-            .filter(|no| !self.nodes[no - 1].wanted.iter().any(|w| w.group == group))
-            .filter(|no| !self.former.contains(&(group, *no)))
-            .collect();
+        // Where shards are on their way nothing else changes.
+        if self.catalog.moves(group) {
+            return Ok(());
+        }
+        // A node gets another replica of a group once the former one's data is gone.
+        let has = |no: NodeNo| self.nodes[no - 1].wanted.iter().any(|w| w.group == group && !w.gone);
+        let had = |no: NodeNo| self.former.values().any(|left| *left == (group, no));
+        let free: Vec<NodeNo> = (1..=self.scene.nodes).filter(|no| !has(*no) && !had(*no)).collect();
         if free.is_empty() || !self.rng.one_in(6) {
             return Ok(());
         }
-        let (no, old) = (*self.rng.pick(&free), *self.rng.pick(&voters));
-        let new = replica(group, no);
+        let (mut no, mut old) = (*self.rng.pick(&free), *self.rng.pick(&voters));
+        if self.scene.moves && !self.rng.one_in(4) {
+            // To where another group is, if that is elsewhere: only there can shards go.
+            let others = self.scene.groups.iter().map(|(other, _)| *other);
+            let other = others.filter(|other| *other != group).flat_map(|other| self.nodes_of(other));
+            let other: BTreeSet<NodeNo> = other.collect();
+            let apart = |r: &&ReplicaId| self.places.get(*r).is_some_and(|at| !other.contains(at));
+            match (free.iter().find(|no| other.contains(no)), voters.iter().find(apart)) {
+                (Some(to), Some(from)) => (no, old) = (*to, *from),
+                _ => return Ok(()),
+            }
+        }
+        self.given += 1;
+        let new = replica(group, 10 + self.given);
         self.place(new, no);
         let wanted = Wanted {
             group,
             replica: new,
             origin: Origin::Join,
+            gone: false,
         };
         self.note(format_args!("{group}: {new} on n{no} is to come, {old} to go"));
+        let floor = self.catalog.floor(group);
         let node = self.node(no);
         node.wanted.push(wanted.clone());
-        node.start_replica(wanted);
+        node.start_replica(wanted, floor);
         self.swaps.insert(group, Swap { new, old });
         self.slice(no)
     }
 
-    /// A replica has left its group. Its node learns of that, or starts it again and again.
+    /// A replica has left its group.
     fn given_up(&mut self, group: GroupId, old: ReplicaId) {
         self.note(format_args!("{group}: {old} has gone"));
         if let Some(no) = self.places.get(&old).copied() {
-            self.former.insert((group, no));
-            if self.rng.one_in(2) {
-                self.node(no).wanted.retain(|w| w.replica != old);
-            }
+            self.former.insert(old, (group, no));
         }
     }
 }

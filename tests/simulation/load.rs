@@ -101,8 +101,8 @@ pub struct Client {
 /// What a client does next.
 pub enum Next {
     Wait(u64),
-    /// Ask there, or elsewhere if that is down.
-    Move(GroupId),
+    /// As that, after a look at who has the shard by now.
+    LookUp(u64),
 }
 
 impl Client {
@@ -188,10 +188,10 @@ impl Client {
                 return Ok(Next::Wait(pause));
             }
             Told::Applied(index, term, applied) => {
-                if let Some(to) = self.applied((*index, *term), applied, invariants)? {
-                    return Ok(Next::Move(to));
-                }
-                return Ok(Next::Wait(pause));
+                return Ok(match self.applied((*index, *term), applied, invariants)? {
+                    true => Next::Wait(pause),
+                    false => Next::LookUp(pause),
+                });
             }
             Told::Done => {}
             Told::Failed(class, leader, why) => {
@@ -211,6 +211,9 @@ impl Client {
                     Some(node) if !rng.one_in(4) => node,
                     _ => rng.range(1, nodes as u64 + 1) as NodeNo,
                 };
+                if rng.one_in(3) {
+                    return Ok(Next::LookUp(pause));
+                }
                 return Ok(Next::Wait(pause));
             }
             Told::Lost => {
@@ -235,27 +238,24 @@ impl Client {
         }
     }
 
-    /// The group that the shard has moved to, if it has.
+    /// False: the shard is not there, or not yet.
     fn applied(
         &mut self,
         entry: (u64, Leader),
         applied: &Applied,
         invariants: &mut Invariants,
-    ) -> Result<Option<GroupId>, Violation> {
+    ) -> Result<bool, Violation> {
         match applied {
             Applied::Command(GroupOutcome::Published(items)) => match &items[..] {
                 [ItemOutcome::Stored(stored)] => {
+                    invariants.seal_before_adopt.acked(self.shard, self.group, entry.0)?;
                     self.acked(Some(stored.first), Some(entry), invariants);
-                    Ok(None)
+                    Ok(true)
                 }
                 other => Err(broken("nothing is refused", format!("{:?}: {other:?}", self.current))),
             },
-            Applied::Command(GroupOutcome::Moved { to }) => {
-                self.group = *to;
-                Ok(Some(*to))
-            }
-            // Before the shard is there.
-            Applied::Command(GroupOutcome::NoShard) => Ok(None),
+            // It was sealed; it never was there; it was there before a restart.
+            Applied::Command(GroupOutcome::Moved { .. } | GroupOutcome::NoShard) => Ok(false),
             other => Err(broken("an answer fits its question", format!("{other:?}"))),
         }
     }

@@ -2,7 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use mainstem::model::{GroupId, ReplicaId, Sequence, ShardId};
+use futures_util::FutureExt as _;
+use mainstem::model::{GroupId, LogIndex, ReplicaId, Sequence, ShardId};
+use mainstem::raft::Group;
+use mainstem::storage::Store;
+use mainstem::wire::internal as pb;
+use openraft::{EntryPayload, RaftLogReader as _};
 use prost::Message as _;
 
 use super::invariants::acked_stays::PURGED;
@@ -20,7 +25,12 @@ impl World {
             return Ok(());
         };
         let mut notes = Vec::new();
+        if let Some(fault) = run.groups.faults().first() {
+            return Err(broken("a replica goes on", format!("node {no}: {fault:?}")));
+        }
+        let store_id = run.store.identity().store_id;
         for group in run.groups.all() {
+            self.invariants.one_owner.runs(group.replica, store_id)?;
             let status = group.status();
             let now = Seen {
                 term: status.term,
@@ -66,6 +76,37 @@ impl World {
                 }
             }
             run.seen.insert(group.id, now);
+        }
+        let state = run.store.state();
+        let mut changed = false;
+        for group in run.groups.all() {
+            // Of the state itself: it is ahead of what the replica says of itself.
+            let applied = state.applied_index(group.id).unwrap_or_default();
+            let known = run.applied.insert(group.id, applied);
+            let before = known.unwrap_or_default();
+            if applied <= before {
+                continue;
+            }
+            // A log is never purged beyond what is applied: it came otherwise.
+            if known.is_some() && group.log().purged().is_some_and(|id| id.index > before.get()) {
+                notes.push(format!("n{no} {} {} has a snapshot", group.id, group.replica));
+                self.snapshots += 1;
+            }
+            changed = true;
+            let own = |id| state.applied_index(id).map_or(0, LogIndex::get);
+            for (index, command) in commands(&group, before.next(), applied) {
+                let held = &mut self.invariants.seal_before_adopt;
+                held.applied(group.id, index, &command, group.replica, own)?;
+            }
+        }
+        if changed {
+            let shards = state.shards().map_err(|e| broken("state can be read", format!("node {no}: {e}")))?;
+            for (shard, group, record) in shards {
+                let record = pb::ShardRecord::decode(record).expect("a record can be read");
+                let applied = state.applied_index(group).map_or(0, LogIndex::get);
+                let held = &mut self.invariants.seal_before_adopt;
+                held.holds(shard, group, &record, &format!("node {no}"), applied)?;
+            }
         }
         let mut shared = run.groups.directory().all();
         shared.sort_by_key(|s| s.shard);
@@ -115,7 +156,7 @@ impl World {
             })
         };
         let parsed = entries.into_iter().map(|(index, raw)| {
-            let entry = mainstem::wire::internal::LogEntry::decode(&raw[..]).expect("what the log holds can be read");
+            let entry = pb::LogEntry::decode(&raw[..]).expect("what the log holds can be read");
             let term = entry.id.map_or((0, 0), |id| (id.term, id.leader));
             (index.get(), (term, digest(&raw)))
         });
@@ -143,6 +184,9 @@ impl World {
 
     /// Whether every running member of each group has applied all that its leader has.
     pub fn is_settled(&self) -> bool {
+        if !self.catalog.moving.is_empty() || !self.former.is_empty() {
+            return false;
+        }
         self.scene.groups.iter().all(|(group, _)| {
             let Some(leader) = self.leader(*group).and_then(|no| self.nodes[no - 1].group(*group)) else {
                 return false;
@@ -197,8 +241,23 @@ impl World {
     }
 }
 
+/// The commands that a replica's log has between these two, both inclusive: also those that it has not synced yet.
+fn commands(group: &Group, from: LogIndex, to: LogIndex) -> Vec<(u64, pb::GroupCommand)> {
+    let mut log = group.log().clone();
+    let entries = log.try_get_log_entries(from.get()..to.get() + 1).now_or_never();
+    let entries = entries.expect("it reads at once").expect("the log can be read");
+    let mut found = Vec::new();
+    for entry in entries {
+        if let EntryPayload::Normal(proposal) = entry.payload {
+            let command = pb::GroupCommand::decode(proposal.0).expect("a command can be read");
+            found.push((entry.log_id.index, command));
+        }
+    }
+    found
+}
+
 /// Everything a group's state holds.
-fn export(store: &mainstem::storage::Store, group: GroupId) -> Vec<u8> {
+fn export(store: &Store, group: GroupId) -> Vec<u8> {
     let mut out = Vec::new();
     let sink = |chunk: bytes::Bytes| {
         out.extend_from_slice(&chunk);
@@ -209,7 +268,7 @@ fn export(store: &mainstem::storage::Store, group: GroupId) -> Vec<u8> {
 }
 
 /// Where each message is.
-fn tokens(store: &mainstem::storage::Store, shard: ShardId) -> BTreeMap<u64, Vec<Sequence>> {
+fn tokens(store: &Store, shard: ShardId) -> BTreeMap<u64, Vec<Sequence>> {
     let mut found: BTreeMap<u64, Vec<Sequence>> = BTreeMap::new();
     for batch in store.state().batches(shard, Sequence::FIRST) {
         let batch = batch.expect("state can be read");

@@ -13,6 +13,7 @@ mod host;
 mod invariants;
 mod load;
 mod look;
+mod moves;
 mod net;
 mod node;
 mod planted;
@@ -40,6 +41,7 @@ fn scene(name: &str) -> Scene {
         chaos: Duration::from_secs(15),
         planted: None,
         changes: false,
+        moves: false,
     };
     let planted = |planted| Scene {
         planted: Some(planted),
@@ -52,6 +54,31 @@ fn scene(name: &str) -> Scene {
             nodes: 5,
             groups: vec![(GroupId::new(7), vec![1, 2, 3]), (GroupId::new(8), vec![3, 4, 5])],
             changes: true,
+            ..one_group
+        },
+        // Two groups on three nodes, between which shards move.
+        "moving_shards" => Scene {
+            groups: vec![(GroupId::new(7), vec![1, 2, 3]), (GroupId::new(8), vec![1, 2, 3])],
+            moves: true,
+            ..one_group
+        },
+        // The same, with logs that are purged as soon as may be: who was away for a moment needs a snapshot.
+        "short_logs" => Scene {
+            groups: vec![(GroupId::new(7), vec![1, 2, 3]), (GroupId::new(8), vec![1, 2, 3])],
+            moves: true,
+            keep: LogKeep {
+                leader_bytes: 1,
+                follower_bytes: 1,
+            },
+            ..one_group
+        },
+        // The same on four nodes, where replicas come and go as well.
+        "moving_everything" => Scene {
+            nodes: 4,
+            groups: vec![(GroupId::new(7), vec![1, 2, 3]), (GroupId::new(8), vec![1, 2, 3])],
+            changes: true,
+            moves: true,
+            chaos: Duration::from_secs(25),
             ..one_group
         },
         "skipped_sync" => planted(Planted::SkippedSync),
@@ -86,7 +113,7 @@ fn end_of(trace: &str) -> String {
 /// Runs the seeds, as many at a time as there are processors, and expects all to end well.
 fn expect_good(scene: &'static str, seeds: &[u64]) {
     let begun = Instant::now();
-    let (next, totals) = (AtomicUsize::new(0), Mutex::new((0, 0, 0)));
+    let (next, totals) = (AtomicUsize::new(0), Mutex::new([0; 5]));
     let at_a_time = std::thread::available_parallelism().map_or(1, |n| n.get());
     std::thread::scope(|threads| {
         for _ in 0..at_a_time {
@@ -100,18 +127,22 @@ fn expect_good(scene: &'static str, seeds: &[u64]) {
                             end_of(&ended.trace)
                         );
                     }
-                    let mut totals = totals.lock();
-                    totals.0 += ended.acked;
-                    totals.1 += ended.seconds;
-                    totals.2 += ended.delivered;
+                    let all = [
+                        ended.acked,
+                        ended.seconds,
+                        ended.delivered,
+                        ended.adoptions,
+                        ended.snapshots,
+                    ];
+                    (totals.lock().iter_mut().zip(all)).for_each(|(total, one)| *total += one);
                 }
             });
         }
     });
-    let (acked, seconds, delivered) = *totals.lock();
+    let [acked, seconds, delivered, adoptions, snapshots] = *totals.lock();
     println!(
         "{scene}: {} seeds in {:.1} s; {seconds} simulated seconds, {delivered} segments delivered, {acked} messages \
-         acknowledged",
+         acknowledged, {adoptions} shards moved, {snapshots} snapshots taken over",
         seeds.len(),
         begun.elapsed().as_secs_f64()
     );
@@ -128,8 +159,23 @@ fn changing_groups() {
 }
 
 #[test]
+fn moving_shards() {
+    expect_good("moving_shards", &seeds(10));
+}
+
+#[test]
+fn short_logs() {
+    expect_good("short_logs", &seeds(10));
+}
+
+#[test]
+fn moving_everything() {
+    expect_good("moving_everything", &seeds(10));
+}
+
+#[test]
 fn the_same_seed_gives_the_same_trace() {
-    for scene in ["one_group", "changing_groups"] {
+    for scene in ["one_group", "changing_groups", "moving_shards", "short_logs", "moving_everything"] {
         for seed in seeds(1) {
             let (a, b) = (simulate(seed, scene), simulate(seed, scene));
             let differ = a.trace.lines().zip(b.trace.lines()).position(|(a, b)| a != b);

@@ -37,6 +37,8 @@ pub struct Wanted {
     pub group: GroupId,
     pub replica: ReplicaId,
     pub origin: Origin,
+    /// It was removed, and what it had is gone; who believes otherwise must not succeed.
+    pub gone: bool,
 }
 
 /// A node, running or not.
@@ -62,6 +64,8 @@ pub struct Run {
     pub writing: bool,
     pub slow_until: u64,
     pub seen: BTreeMap<GroupId, Seen>,
+    /// How far each group's state was looked at.
+    pub applied: BTreeMap<GroupId, LogIndex>,
     /// Next sequence of each shard that was not looked at.
     pub next: BTreeMap<ShardId, Sequence>,
     pub failures: Arc<Mutex<Vec<String>>>,
@@ -100,6 +104,7 @@ impl Node {
         nodes: usize,
         places: &BTreeMap<ReplicaId, NodeNo>,
         keep: LogKeep,
+        floors: &BTreeMap<GroupId, LogIndex>,
     ) -> Result<(), OpenError> {
         let store = self.open()?;
         self.disk.opened();
@@ -157,23 +162,32 @@ impl Node {
             writing: false,
             slow_until: 0,
             seen: BTreeMap::new(),
+            applied: BTreeMap::new(),
             next: BTreeMap::new(),
             failures: Arc::default(),
         });
         for wanted in self.wanted.clone() {
-            self.start_replica(wanted);
+            let floor = floors.get(&wanted.group).copied().unwrap_or_default();
+            self.start_replica(wanted, floor);
         }
         Ok(())
     }
 
     /// Starts a replica, if the node runs.
-    pub fn start_replica(&self, wanted: Wanted) {
+    pub fn start_replica(&self, wanted: Wanted, floor: LogIndex) {
         let Some(run) = &self.run else { return };
         let (groups, failures) = (run.groups.clone(), run.failures.clone());
         run.runtime.spawn(async move {
-            let Wanted { group, replica, origin } = wanted;
-            if let Err(error) = groups.start_as(group, replica, origin).await {
-                failures.lock().push(error.to_string());
+            let Wanted {
+                group,
+                replica,
+                origin,
+                gone,
+            } = wanted;
+            match groups.start_at(group, replica, origin, floor).await {
+                Err(error) if !gone => failures.lock().push(error.to_string()),
+                // One that is gone and starts is found where it is looked at what runs.
+                Ok(_) | Err(_) => {}
             }
         });
     }

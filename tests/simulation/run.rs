@@ -21,6 +21,10 @@ pub struct Ended {
     pub seconds: u64,
     /// Segments of the network.
     pub delivered: u64,
+    /// Shards that went from one group to another.
+    pub adoptions: u64,
+    /// Replicas that were brought up to date by a snapshot.
+    pub snapshots: u64,
 }
 
 /// Names what the child process is to simulate, and where it puts the outcome.
@@ -72,6 +76,8 @@ fn parse(text: &str) -> Option<Ended> {
         acked: figures.next()??,
         seconds: figures.next()??,
         delivered: figures.next()??,
+        adoptions: figures.next()??,
+        snapshots: figures.next()??,
         broken: (!broken.is_empty()).then(|| broken.to_owned()),
         trace: trace.to_owned(),
     })
@@ -95,7 +101,10 @@ pub fn child(scene: impl Fn(&str) -> Scene) {
         .expect("a thread can be started")
         .join()
         .expect("it does not panic");
-    let figures = format!("{} {} {}", ended.acked, ended.seconds, ended.delivered);
+    let figures = format!(
+        "{} {} {} {} {}",
+        ended.acked, ended.seconds, ended.delivered, ended.adoptions, ended.snapshots
+    );
     let broken = ended.broken.unwrap_or_default().replace('\n', " ");
     std::fs::write(outcome, format!("{figures}\n{broken}\n{}", ended.trace)).expect("the outcome can be written");
 }
@@ -119,6 +128,8 @@ fn run(seed: u64, scene: Scene, dir: &Path) -> Ended {
         acked: world.invariants.acked_stays.count() as u64,
         seconds: world.now / (1_000 * MS),
         delivered,
+        adoptions: world.catalog.adoptions,
+        snapshots: world.snapshots,
     };
     for node in &mut world.nodes {
         if let Some(run) = node.run.take() {
@@ -149,6 +160,9 @@ fn story(world: &mut World) -> Verdict {
     world.at(world.now, Due::Fault);
     if world.scene.changes {
         world.at(world.now, Due::Change);
+    }
+    if world.scene.moves {
+        world.at(world.now, Due::Move);
     }
     let end = world.now + u64::try_from(world.scene.chaos.as_nanos()).unwrap_or(u64::MAX);
     while world.now < end {
@@ -191,5 +205,5 @@ fn unsettled(world: &World) -> Violation {
         }
     }
     let waiting = world.clients.iter().filter(|c| !c.is_idle()).count();
-    broken("it settles", format!("{waiting} clients wait; {}", what.join("; ")))
+    broken("it settles", format!("{waiting} clients wait; {:?}; {}", world.catalog.moving, what.join("; ")),)
 }

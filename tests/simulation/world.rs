@@ -12,12 +12,14 @@ use std::time::Duration;
 use mainstem::machine::GroupOutcome;
 use mainstem::model::{GroupId, NodeId, ReplicaId, ShardId};
 use mainstem::raft::{Applied, LogKeep, Origin};
+use tokio::runtime::Runtime;
 
 use super::ask::{self, Answers, Ask, Told};
 use super::changes::Swap;
 use super::host;
 use super::invariants::{Invariants, Verdict, Violation, broken};
 use super::load::{Client, Kind, Next, create_shard};
+use super::moves::Catalog;
 use super::net::{MS, Net, NodeNo};
 use super::node::{Node, Wanted, founders, replica};
 use super::rng::Rng;
@@ -35,6 +37,8 @@ pub struct Scene {
     pub planted: Option<Planted>,
     /// Members come and go.
     pub changes: bool,
+    /// Shards go from group to group.
+    pub moves: bool,
 }
 
 /// Bugs that must be caught.
@@ -57,6 +61,7 @@ pub enum Due {
     Make(GroupId),
     Fault,
     Change,
+    Move,
 }
 
 /// Who waits for an answer.
@@ -65,6 +70,10 @@ pub enum Asker {
     Client(usize),
     Shard(ShardId, GroupId),
     Change(String),
+    /// What a removed replica has left there is removed.
+    Emptied(ReplicaId),
+    /// The step of a shard's move of this number.
+    Move(ShardId, u64),
 }
 
 pub struct World {
@@ -85,13 +94,20 @@ pub struct World {
     asked: BTreeMap<u64, (NodeNo, Asker)>,
     numbers: u64,
     pub slices: u64,
+    /// Replicas that were brought up to date by a snapshot.
+    pub snapshots: u64,
     /// Shards that are there.
     pub made: BTreeSet<ShardId>,
+    pub catalog: Catalog,
     pub swaps: BTreeMap<GroupId, Swap>,
     /// Until when a group is left alone.
     pub busy: BTreeMap<GroupId, u64>,
-    /// Nodes that had a replica of a group.
-    pub former: BTreeSet<(GroupId, NodeNo)>,
+    /// Replicas that have left their groups, and whose nodes have not confirmed that they are empty.
+    pub former: BTreeMap<ReplicaId, (GroupId, NodeNo)>,
+    /// Replicas that were given to groups after the first.
+    pub given: usize,
+    /// Does what blocks and is no node's own matter of time: one thread, which is waited for.
+    pub aside: Runtime,
 }
 
 pub fn shard_of(group: GroupId) -> ShardId {
@@ -119,6 +135,7 @@ impl World {
                     group: *group,
                     replica,
                     origin,
+                    gone: false,
                 });
             }
             nodes.push(node);
@@ -149,10 +166,17 @@ impl World {
             asked: BTreeMap::new(),
             numbers: 0,
             slices: 0,
+            snapshots: 0,
             made: BTreeSet::new(),
+            catalog: Catalog::default(),
             swaps: BTreeMap::new(),
             busy: BTreeMap::new(),
-            former: BTreeSet::new(),
+            former: BTreeMap::new(),
+            given: 0,
+            aside: tokio::runtime::Builder::new_current_thread()
+                .max_blocking_threads(1)
+                .build()
+                .expect("a runtime can be made"),
         }
     }
 
@@ -176,13 +200,9 @@ impl World {
         if node.run.is_some() {
             return Ok(());
         }
-        node.start(&self.net, nodes, &self.places, keep)
+        node.start(&self.net, nodes, &self.places, keep, &self.catalog.floors)
             .map_err(|e| broken("a crash is not damage", format!("node {no}: {e}")))?;
         let boot = node.boot;
-        let store = node.run.as_ref().map_or(0, |run| run.store.identity().store_id);
-        for wanted in node.wanted.clone() {
-            self.invariants.one_owner.runs(wanted.replica, store)?;
-        }
         let mut flush = self.rng.range(300, 3_000) * MS;
         if self.scene.planted == Some(Planted::LearnersCount) {
             // What is planted is in the log, and must be read from there.
@@ -355,6 +375,7 @@ impl World {
             Due::Make(group) => self.make_shard(group),
             Due::Fault => self.fault(),
             Due::Change => self.change(),
+            Due::Move => self.move_shards(),
         }
     }
 
@@ -398,6 +419,24 @@ impl World {
         Ok(Some(id))
     }
 
+    /// Asks a node to remove what a removed replica has left there.
+    pub fn clear_out(&mut self, no: NodeNo, group: GroupId, old: ReplicaId) -> Verdict {
+        let Some(run) = &self.nodes[no - 1].run else { return Ok(()) };
+        self.numbers += 1;
+        let id = self.numbers;
+        let (groups, aside) = (run.groups.clone(), self.aside.handle().clone());
+        run.runtime
+            .spawn(ask::clear_out(id, groups, group, aside, self.answers.clone()));
+        self.asked.insert(id, (no, Asker::Emptied(old)));
+        self.slice(no)
+    }
+
+    /// Whether a node works on that.
+    pub fn is_clearing(&self, old: ReplicaId) -> bool {
+        let of = |asker: &Asker| matches!(asker, Asker::Emptied(replica) if *replica == old);
+        self.asked.values().any(|(_, asker)| of(asker))
+    }
+
     /// Takes an answer to where it is waited for, unless it is late.
     fn told(&mut self, id: u64, told: Told) -> Verdict {
         let Some((no, asker)) = self.asked.remove(&id) else {
@@ -416,9 +455,14 @@ impl World {
                 }
                 let wait = match next {
                     Next::Wait(wait) => wait,
-                    Next::Move(group) => {
-                        self.note(format_args!("c{at} follows its shard to {group}"));
-                        MS
+                    Next::LookUp(wait) => {
+                        let client = &mut self.clients[at];
+                        let owner = self.catalog.owners.get(&client.shard).copied();
+                        if let Some(owner) = owner.filter(|owner| *owner != client.group) {
+                            client.group = owner;
+                            self.note(format_args!("c{at} follows its shard to {owner}"));
+                        }
+                        wait
                     }
                 };
                 self.at(self.now + wait, Due::Client(at));
@@ -429,11 +473,14 @@ impl World {
                     Told::Applied(_, _, Applied::Command(GroupOutcome::Created { .. }))
                 ) {
                     self.made.insert(shard);
+                    self.catalog.owners.entry(shard).or_insert(group);
                     self.note(format_args!("{shard} is there"));
                 } else {
                     self.at(self.now + 20 * MS, Due::Make(group));
                 }
             }
+            Asker::Emptied(replica) => self.emptied(replica, &told),
+            Asker::Move(shard, id) => self.move_told(shard, id, &told)?,
             Asker::Change(what) => self.note(format_args!("{what}: {}", brief(&told))),
         }
         Ok(())

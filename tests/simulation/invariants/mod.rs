@@ -5,6 +5,7 @@ pub mod dense;
 pub mod log_matching;
 pub mod one_leader;
 pub mod one_owner;
+pub mod seal_before_adopt;
 
 /// Something that must never be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,4 +37,5 @@ pub struct Invariants {
     pub acked_stays: acked_stays::AckedStays,
     pub dense: dense::Dense,
     pub one_owner: one_owner::OneOwner,
+    pub seal_before_adopt: seal_before_adopt::SealBeforeAdopt,
 }
