@@ -238,7 +238,8 @@ impl GroupMachine {
     ) -> Result<GroupOutcome, ApplyError> {
         let id = ShardId::new(create.shard_id);
         // One that another group has here has moved on since: its replica came by a snapshot while this log is behind.
-        let existed = self.shards.contains_key(&id) || view.shard_state(id)?.is_some_and(|state| state.group != self.group);
+        let existed =
+            self.shards.contains_key(&id) || view.shard_state(id)?.is_some_and(|state| state.group != self.group);
         if !existed {
             let config = create.config.clone().unwrap_or_default();
             self.shards

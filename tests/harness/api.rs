@@ -329,12 +329,12 @@ impl Reader {
     pub async fn next(&mut self) -> Result<Option<Event>, Failure> {
         use v1::read_session_response::Frame as F;
         let frame = loop {
-            match self.from.message().await? {
-                None => return Ok(None),
-                Some(frame) => match frame.frame.expect("a known frame") {
-                    F::Nodes(_) => {}
-                    frame => break frame,
-                },
+            let Some(answer) = self.from.message().await? else {
+                return Ok(None);
+            };
+            let frame = answer.frame.expect("a known frame");
+            if !matches!(frame, F::Nodes(_)) {
+                break frame;
             }
         };
         Ok(Some(match frame {

@@ -151,7 +151,9 @@ impl World {
         if self.scene.moves && !self.rng.one_in(4) {
             // To where another group is, if that is elsewhere: only there can shards go.
             let others = self.scene.groups.iter().map(|(other, _)| *other);
-            let other = others.filter(|other| *other != group).flat_map(|other| self.nodes_of(other));
+            let other = others
+                .filter(|other| *other != group)
+                .flat_map(|other| self.nodes_of(other));
             let other: BTreeSet<NodeNo> = other.collect();
             let apart = |r: &&ReplicaId| self.places.get(*r).is_some_and(|at| !other.contains(at));
             match (free.iter().find(|no| other.contains(no)), voters.iter().find(apart)) {

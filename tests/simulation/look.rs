@@ -100,7 +100,9 @@ impl World {
             }
         }
         if changed {
-            let shards = state.shards().map_err(|e| broken("state can be read", format!("node {no}: {e}")))?;
+            let shards = state
+                .shards()
+                .map_err(|e| broken("state can be read", format!("node {no}: {e}")))?;
             for (shard, group, record) in shards {
                 let record = pb::ShardRecord::decode(record).expect("a record can be read");
                 let applied = state.applied_index(group).map_or(0, LogIndex::get);

@@ -134,14 +134,19 @@ impl World {
             step: Step::Planned,
             busy: 0,
         };
-        self.note(format_args!("{shard} is to go from {from} to {}, move {}", moving.to, moving.id));
+        self.note(format_args!(
+            "{shard} is to go from {from} to {}, move {}",
+            moving.to, moving.id
+        ));
         self.catalog.moving.insert(shard, moving);
     }
 
     fn go_on(&mut self, shard: ShardId, moving: Moving) -> Verdict {
         let (by, ask) = match moving.step {
             Step::Planned => {
-                let Some(no) = self.leader(moving.from) else { return Ok(()) };
+                let Some(no) = self.leader(moving.from) else {
+                    return Ok(());
+                };
                 // From the seal on it takes nothing: the heir must be there.
                 let heir = self.nodes[no - 1].group(moving.to);
                 if heir.is_none_or(|heir| heir.status().leader.is_none()) {
@@ -177,7 +182,10 @@ impl World {
         if let Some(known) = self.catalog.moving.get_mut(&shard) {
             known.busy = busy;
         }
-        self.note(format_args!("n{no} is asked: {shard} move {}, {:?}", moving.id, moving.step));
+        self.note(format_args!(
+            "n{no} is asked: {shard} move {}, {:?}",
+            moving.id, moving.step
+        ));
         self.ask(no, by, ask, Asker::Move(shard, moving.id)).map(drop)
     }
 
@@ -208,9 +216,7 @@ impl World {
                 };
                 let acked = self.invariants.acked_stays.tail(shard);
                 if step == Step::Planned {
-                    self.invariants
-                        .seal_before_adopt
-                        .sealed(shard, move_id, *tail, acked)?;
+                    self.invariants.seal_before_adopt.sealed(shard, move_id, *tail, acked)?;
                     self.catalog.raise(moving.from, *index);
                     Step::Sealed(sealed)
                 } else {

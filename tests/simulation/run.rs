@@ -205,5 +205,12 @@ fn unsettled(world: &World) -> Violation {
         }
     }
     let waiting = world.clients.iter().filter(|c| !c.is_idle()).count();
-    broken("it settles", format!("{waiting} clients wait; {:?}; {}", world.catalog.moving, what.join("; ")),)
+    broken(
+        "it settles",
+        format!(
+            "{waiting} clients wait; {:?}; {}",
+            world.catalog.moving,
+            what.join("; ")
+        ),
+    )
 }

@@ -421,7 +421,9 @@ impl World {
 
     /// Asks a node to remove what a removed replica has left there.
     pub fn clear_out(&mut self, no: NodeNo, group: GroupId, old: ReplicaId) -> Verdict {
-        let Some(run) = &self.nodes[no - 1].run else { return Ok(()) };
+        let Some(run) = &self.nodes[no - 1].run else {
+            return Ok(());
+        };
         self.numbers += 1;
         let id = self.numbers;
         let (groups, aside) = (run.groups.clone(), self.aside.handle().clone());

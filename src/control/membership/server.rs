@@ -248,17 +248,18 @@ impl Control {
             weak_groups: Vec::new(),
         };
         let op = pb::meta_command::Op::RemoveNode(remove);
-        match self.propose_meta(String::new(), op).await? {
-            MetaOutcome::NodeChanged(_) => {
-                tracing::warn!(
-                    node = former.name,
-                    "a node has found its data damaged: what it held is made anew from the others, and it joins as a new node"
-                );
-                Ok(())
-            }
-            MetaOutcome::Refused(refused) => Err(AdminError::Refused(refused)),
-            _ => Err(odd_answer()),
+        let outcome = self.propose_meta(String::new(), op).await?;
+        if let MetaOutcome::Refused(refused) = outcome {
+            return Err(AdminError::Refused(refused));
         }
+        if !matches!(outcome, MetaOutcome::NodeChanged(_)) {
+            return Err(odd_answer());
+        }
+        tracing::warn!(
+            node = former.name,
+            "a node has found its data damaged: what it held is made anew from the others, and it joins as a new node"
+        );
+        Ok(())
     }
 
     /// Enters a node into the catalog: under the id that its store has already, or a new one.

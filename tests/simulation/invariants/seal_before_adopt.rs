@@ -205,9 +205,8 @@ impl SealBeforeAdopt {
     /// A message was acknowledged as this entry of a group.
     pub fn acked(&self, id: ShardId, group: GroupId, index: u64) -> Verdict {
         let terms = self.shards.get(&id).into_iter().flat_map(|shard| shard.terms.values());
-        let open = |term: &&Term| {
-            term.group == group && term.from < index && term.until.is_none_or(|until| index < until)
-        };
+        let open =
+            |term: &&Term| term.group == group && term.from < index && term.until.is_none_or(|until| index < until);
         if terms.clone().any(|term| open(&term)) {
             return Ok(());
         }
@@ -317,18 +316,34 @@ mod tests {
         let mut told = Told::adopted();
         assert!(told.0.acked(SHARD, A, 11).is_err(), "after the seal");
         assert!(told.0.acked(SHARD, B, 19).is_err(), "before the adoption");
-        assert!(told.0.holds(SHARD, A, &record(6, None, Some(1)), "n", 11).is_err(), "it grew");
-        assert!(told.0.holds(SHARD, A, &record(5, None, None), "n", 11).is_err(), "it is open");
-        assert_eq!(told.0.holds(SHARD, A, &record(4, None, None), "n", 9), Ok(()), "not yet sealed");
+        assert!(
+            told.0.holds(SHARD, A, &record(6, None, Some(1)), "n", 11).is_err(),
+            "it grew"
+        );
+        assert!(
+            told.0.holds(SHARD, A, &record(5, None, None), "n", 11).is_err(),
+            "it is open"
+        );
+        assert_eq!(
+            told.0.holds(SHARD, A, &record(4, None, None), "n", 9),
+            Ok(()),
+            "not yet sealed"
+        );
     }
 
     #[test]
     fn an_adoption_without_its_seal_is_told() {
         assert!(Told::created().entry(B, 20, adopt(A, 1, 10, 5)).is_err(), "no seal");
         assert!(Told::sealed().entry(B, 20, adopt(A, 1, 10, 6)).is_err(), "another tail");
-        assert!(Told::sealed().entry(B, 20, adopt(A, 1, 9, 5)).is_err(), "before the seal");
+        assert!(
+            Told::sealed().entry(B, 20, adopt(A, 1, 9, 5)).is_err(),
+            "before the seal"
+        );
         assert!(Told::sealed().entry(B, 20, adopt(A, 2, 10, 5)).is_err(), "another move");
-        assert!(Told::sealed().entry(A, 20, adopt(A, 1, 10, 5)).is_err(), "another group");
+        assert!(
+            Told::sealed().entry(A, 20, adopt(A, 1, 10, 5)).is_err(),
+            "another group"
+        );
         let command = pb::GroupCommand {
             feature_level: 1,
             op: Some(adopt(A, 1, 10, 5)),
@@ -342,7 +357,10 @@ mod tests {
         let mut told = Told::created();
         assert_eq!(told.entry(A, 10, seal(B, 1)), Ok(()));
         let acked = Sequence::new(6);
-        assert!(told.0.sealed(SHARD, 1, Sequence::new(5), acked).is_err(), "acknowledged");
+        assert!(
+            told.0.sealed(SHARD, 1, Sequence::new(5), acked).is_err(),
+            "acknowledged"
+        );
         let mut told = Told::adopted();
         let short = record(4, Some(1), None);
         assert!(told.0.holds(SHARD, B, &short, "n", 20).is_err(), "it is shorter");
