@@ -12,6 +12,8 @@
 //! group as soon as the catalog says that it has the shard. Order and numbers hold through it, because the seal is in the
 //! former group's log behind everything that was stored there, and the producers' numbers go along.
 
+mod look;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,8 +68,9 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A batch in hand.
 struct Waiting {
     item: pb::PublishItem,
-    permit: BytePermit,
-    reply: ReplyTo,
+    submitted: std::time::Instant,
+    /// `None`: told already.
+    reply: Option<(ReplyTo, BytePermit)>,
     relayed: bool,
     /// An earlier attempt may have stored it.
     uncertain: bool,
@@ -87,8 +90,8 @@ impl From<Item> for Waiting {
                 producer: item.producer,
                 expect: item.expect,
             },
-            permit: item.permit,
-            reply: item.reply,
+            submitted: item.reply.submitted,
+            reply: Some((item.reply, item.permit)),
             relayed: item.relayed,
             uncertain: false,
         }
@@ -400,6 +403,10 @@ impl Worker {
 
     /// Tells an outcome, or keeps the batch to send it again.
     fn settle(&mut self, mut waiting: Waiting, outcome: Outcome) {
+        // Its outcome was told as unknown.
+        if waiting.reply.is_none() {
+            return;
+        }
         if let Err(PublishError::Moved { to }) = &outcome {
             self.heir = Some(*to);
         }
@@ -438,7 +445,7 @@ impl Worker {
             ) => true,
             Err(_) => false,
         };
-        if again && waiting.reply.submitted.elapsed() < self.patience() {
+        if again && waiting.submitted.elapsed() < self.patience() {
             self.failed.push_back(waiting);
         } else {
             self.conclude(waiting, outcome);
@@ -454,7 +461,7 @@ impl Worker {
     }
 
     /// Tells the last word on a batch.
-    fn conclude(&self, waiting: Waiting, outcome: Outcome) {
+    fn conclude(&self, mut waiting: Waiting, outcome: Outcome) {
         let group = self.group();
         let unknown = || match self.router.without_quorum(group) {
             Some(reach) => Err(PublishError::Unconfirmed {
@@ -491,7 +498,7 @@ impl Worker {
             }
             Err(_) if waiting.uncertain => unknown(),
             Err(PublishError::Propose(ProposeError::NotLeader { .. })) if !waiting.relayed => {
-                let waited = waiting.reply.submitted.elapsed();
+                let waited = waiting.submitted.elapsed();
                 Err(match self.router.without_quorum(group) {
                     Some(reach) => PublishError::NoQuorum {
                         group,
@@ -505,47 +512,8 @@ impl Worker {
             }
             outcome @ (Ok(_) | Err(_)) => outcome,
         };
-        tell(&self.metrics, waiting.relayed, waiting.reply, waiting.permit, outcome);
-    }
-
-    /// Looks at entries that do not get on: where there is no quorum, or no way to the leader's node, they end as unknown in
-    /// time, and what waits behind them is refused. Twice in a row, as a node that stood still for a moment has heard of
-    /// nobody either.
-    fn look(&mut self) {
-        let group = self.group();
-        let Some(front) = self.in_flight.front() else {
-            return;
-        };
-        let since = front.since.elapsed();
-        let lost = since >= NO_QUORUM
-            && match front.to {
-                None => self.router.without_quorum(group).is_some(),
-                // The leader there knows whether it has a quorum, and says so.
-                Some(node) => self.router.is_apart(node),
-            };
-        self.lost_looks = if lost { self.lost_looks + 1 } else { 0 };
-        // However slow the disks of a quorum are, nobody waits for ever.
-        let patience = match self.lost_looks >= 2 {
-            true => NO_QUORUM,
-            false if since >= RELAY_PATIENCE + NO_QUORUM => RELAY_PATIENCE,
-            false => return,
-        };
-        let no_leader = || Err(ProposeError::NotLeader { group, leader: None }.into());
-        for waiting in std::mem::take(&mut self.again) {
-            self.conclude(waiting, no_leader());
-        }
-        while let Ok(Some(item)) = self.inbox.try_recv() {
-            self.conclude(item.into(), no_leader());
-        }
-        while self.in_flight.front().is_some_and(|f| f.since.elapsed() >= patience) {
-            let Some(front) = self.in_flight.pop_front() else { break };
-            if let Some(node) = front.to {
-                self.router.lost(group, node);
-            }
-            for mut waiting in front.waiting {
-                waiting.uncertain = true;
-                self.conclude(waiting, no_leader());
-            }
+        if let Some((reply, permit)) = waiting.reply.take() {
+            tell(&self.metrics, waiting.relayed, reply, permit, outcome);
         }
     }
 }
