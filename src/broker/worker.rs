@@ -445,16 +445,18 @@ impl Worker {
             ) => true,
             Err(_) => false,
         };
-        if again && waiting.submitted.elapsed() < self.patience() {
+        if again && waiting.submitted.elapsed() < self.patience(&waiting) {
             self.failed.push_back(waiting);
         } else {
             self.conclude(waiting, outcome);
         }
     }
 
-    /// How long a batch waits for a leader.
-    fn patience(&self) -> Duration {
+    /// How long a batch waits for a leader. One with a producer's number longer than any usual trouble lasts: whoever sent it
+    /// sends it again, and were it given up before one behind it, that one would be answered first.
+    fn patience(&self, waiting: &Waiting) -> Duration {
         match self.router.without_quorum(self.group()) {
+            _ if waiting.producer().is_some() => RELAY_PATIENCE,
             Some(_) => NO_QUORUM,
             None => ELECTION,
         }
