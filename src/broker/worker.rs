@@ -257,7 +257,9 @@ impl Worker {
             Route::Nowhere => {
                 let own = self.not_for_others(waiting);
                 let none = PublishError::Propose(ProposeError::NotLeader { group, leader: None });
-                self.finish(own, group, Answer::All(none));
+                if !own.is_empty() {
+                    self.failed_to_leave(own, group, none);
+                }
             }
         }
     }
