@@ -4,9 +4,9 @@
 
 mod harness;
 
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
-use harness::{Node, Options};
+use harness::{Node, Options, cli};
 use mainstem::client::proto::{self, ProblemKind, ReplicaState, StreamSpec};
 use mainstem::client::{Client, ClientError, Target};
 
@@ -263,14 +263,7 @@ async fn nothing_is_planned_where_all_is_well() {
 // ---- The command line
 
 fn run(node: &Node, line: &str) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_mainstem"))
-        .args(line.split(' '))
-        .env("MAINSTEM_SERVER", node.client_addr())
-        .env_remove("MAINSTEM_CONTEXT")
-        .env("XDG_CONFIG_HOME", node.place())
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
+    cli(&node.client_addr(), node.place(), line).output().unwrap()
 }
 
 #[track_caller]

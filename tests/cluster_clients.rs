@@ -5,12 +5,11 @@
 mod harness;
 
 use std::collections::BTreeMap;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use harness::{Cluster, Node, Options, PATIENCE, until};
+use harness::{Cluster, Node, Options, PATIENCE, cli, until};
 use mainstem::client::proto::{Consistency, StreamSpec, get_request::By};
 use mainstem::client::{Client, ClientConfig, Message, Publisher, ReadEvent, Start, Target, proto};
 
@@ -315,14 +314,7 @@ async fn put(client: &Client, stream: &str, text: &str) {
 }
 
 fn run(server: &str, line: &str) -> (Option<i32>, String, String) {
-    let out = Command::new(env!("CARGO_BIN_EXE_mainstem"))
-        .args(line.split(' '))
-        .env("MAINSTEM_SERVER", server)
-        .env_remove("MAINSTEM_CONTEXT")
-        .env("XDG_CONFIG_HOME", env!("CARGO_TARGET_TMPDIR"))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let out = cli(server, env!("CARGO_TARGET_TMPDIR"), line).output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (out.status.code(), text(out.stdout), text(out.stderr))
 }

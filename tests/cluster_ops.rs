@@ -6,9 +6,9 @@ mod harness;
 
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
-use harness::{Cluster, Node, Options, until};
+use harness::{Cluster, Node, Options, cli, until};
 use mainstem::client::proto::{NodeState, Placement, ReplicaState, StreamSpec};
 use mainstem::client::{Client, ClientConfig, Message};
 use mainstem::control::membership::{JoinFacts, Joining};
@@ -19,14 +19,7 @@ fn client(addresses: &[String]) -> Client {
 }
 
 fn run(server: &str, line: &str) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_mainstem"))
-        .args(line.split(' '))
-        .env("MAINSTEM_SERVER", server)
-        .env_remove("MAINSTEM_CONTEXT")
-        .env("XDG_CONFIG_HOME", env!("CARGO_TARGET_TMPDIR"))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
+    cli(server, env!("CARGO_TARGET_TMPDIR"), line).output().unwrap()
 }
 
 #[track_caller]

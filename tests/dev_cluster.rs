@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
+use harness::cli;
 use mainstem::client::proto::StreamSpec;
 use mainstem::client::{Client, Message, Target};
 
@@ -91,12 +92,7 @@ impl Dev {
     }
 
     fn cli(&self, line: &str) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_mainstem"))
-            .args(line.split(' '))
-            .env("MAINSTEM_SERVER", self.addresses())
-            .env_remove("MAINSTEM_CONTEXT")
-            .env("XDG_CONFIG_HOME", env!("CARGO_TARGET_TMPDIR"))
-            .stdin(Stdio::null())
+        cli(&self.addresses(), env!("CARGO_TARGET_TMPDIR"), line)
             .output()
             .unwrap()
     }

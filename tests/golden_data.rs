@@ -14,6 +14,7 @@ use std::process::Command;
 
 use harness::api::Api;
 use harness::batch::{Codec, Record, encode};
+use harness::messages::message_of;
 use harness::{Node, Options, until};
 use mainstem::wire::v1;
 use prost::Message as _;
@@ -87,24 +88,6 @@ fn record(stream: &str, n: u32) -> Record {
     record
 }
 
-fn message(r: &Record) -> v1::Message {
-    v1::Message {
-        subject: r.subject.clone(),
-        payload: r.payload.clone().into(),
-        headers: r
-            .headers
-            .iter()
-            .map(|(name, value)| v1::Header {
-                name: name.clone(),
-                value: value.clone().into(),
-            })
-            .collect(),
-        key: r.key.clone().map(Into::into),
-        message_id: r.message_id.clone(),
-        event_time_us: r.event_time_us,
-    }
-}
-
 /// Batches of ten, in sessions, for a stream of one shard.
 async fn publish_batches(api: &Api, stream: &str, from: u32, to: u32, codec: Codec) {
     let mut session = api.session_on(stream).await.unwrap();
@@ -126,11 +109,11 @@ async fn fill(api: &Api, round: u32) {
         for _ in 0..1 + n % 2 {
             let mut zipped = record("zip", n);
             zipped.message_id = Some(format!("zip-{n}"));
-            api.publish("zipped", vec![message(&zipped)]).await.unwrap();
+            api.publish("zipped", vec![message_of(&zipped)]).await.unwrap();
         }
         let mut keyed = record("keyed", n);
         keyed.key = Some(format!("key {}", n % 9).into_bytes());
-        api.publish("keyed", vec![message(&keyed)]).await.unwrap();
+        api.publish("keyed", vec![message_of(&keyed)]).await.unwrap();
     }
     let purge = |upto, filter: &str| v1::PurgeStreamRequest {
         name: "purged".into(),
@@ -307,7 +290,7 @@ async fn a_directory_of_format_1_is_served_whole_and_written_on() {
     for n in 100..120 {
         let wanted = record("plain", n);
         let found = api.get("plain", 0, u64::from(n) + 1).await.unwrap().message.unwrap();
-        assert_eq!(found, message(&wanted));
+        assert_eq!(found, message_of(&wanted));
         let by = v1::get_request::By::LastBySubject(v1::GetLastBySubject {
             subject: format!("plain.{}", n % 7),
         });
@@ -341,7 +324,7 @@ async fn a_directory_of_format_1_is_served_whole_and_written_on() {
     for stream in ["plain", "purged", "limited", "removed"] {
         let tail = shard(stream).await.tail;
         let ack = api
-            .publish(stream, vec![message(&record(stream, 999))])
+            .publish(stream, vec![message_of(&record(stream, 999))])
             .await
             .unwrap()
             .acks[0];

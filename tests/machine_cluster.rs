@@ -493,6 +493,15 @@ fn a_shard_goes_from_group_to_group_in_steps() {
     catalog.done(adopted(move_id));
     assert_eq!((place(&catalog).group_id, catalog.group(to).log_floor), (to, 4));
     assert_eq!((catalog.group(from).shards, catalog.group(to).shards), (0, 1));
+    // Another leader has adopted it once more, which is in the log: no replica begins with that either.
+    catalog.done(Op::ShardAdopted(pb::ShardAdopted {
+        shard_id,
+        stream_id: stream_id.clone(),
+        move_id,
+        index: 9,
+    }));
+    catalog.done(adopted(move_id));
+    assert_eq!(catalog.group(to).log_floor, 9);
     assert_eq!(place(&catalog).moving.unwrap().step(), MoveStep::Adopted);
     // A stream is not forgotten while a shard of it is on its way.
     catalog.done(Op::RemoveStream(pb::RemoveStream {

@@ -7,7 +7,7 @@ mod machine_support;
 
 use catalog_support::Catalog;
 use machine_support::{GROUP, Record, SHARD, Store, encode};
-use mainstem::machine::group::waits_for;
+use mainstem::machine::group::{is_adoptable, waits_for};
 use mainstem::machine::port::ShardView as _;
 use mainstem::machine::{
     AdoptFault, ApplyError, GroupMachine, GroupOutcome, ItemOutcome, MetaOutcome, MetaRefusal, ShardMachine,
@@ -80,6 +80,13 @@ fn seal(to: GroupId, move_id: u64) -> Op {
     })
 }
 
+fn unseal(move_id: u64) -> Op {
+    Op::UnsealShard(pb::UnsealShard {
+        shard_id: SHARD.get(),
+        move_id,
+    })
+}
+
 fn adopt(from: GroupId, move_id: u64, tail: Sequence, digest: u64) -> Op {
     Op::AdoptShard(pb::AdoptShard {
         shard_id: SHARD.get(),
@@ -110,10 +117,9 @@ fn first_of(outcome: GroupOutcome) -> (Sequence, bool) {
     (stored.first, stored.whole_duplicate)
 }
 
-/// A replica's copy of one group is replaced by a snapshot in which the shard has been away and has come back; the other
-/// group's replica on that node has its log from before to apply still.
+/// A leader that does not know that the shard went on, and came back, proposes what is over.
 #[test]
-fn what_was_overtaken_by_a_snapshot_is_of_no_effect() {
+fn an_adoption_that_is_over_is_of_no_effect() {
     let store = Store::new(false);
     let mut from = GroupMachine::data(GROUP, []);
     let mut to = GroupMachine::data(TO, []);
@@ -124,23 +130,66 @@ fn what_was_overtaken_by_a_snapshot_is_of_no_effect() {
     let (tail_2, digest_2, _) = sealed(apply(&mut to, &store, seal(GROUP, 6)).unwrap());
     apply(&mut from, &store, adopt(TO, 6, tail_2, digest_2)).unwrap();
     store.0.borrow_mut().writes.clear();
-    let mut late = GroupMachine::data(TO, []);
-    for op in [
-        create(),
-        adopt(GROUP, 5, tail, digest),
-        publish(100, 1, 1, None),
-        seal(GROUP, 6),
-    ] {
-        let outcome = apply(&mut late, &store, op).unwrap();
-        assert!(
-            matches!(outcome, GroupOutcome::NoShard | GroupOutcome::Created { existed: true }),
-            "{outcome:?}"
-        );
+    // As after a restart, too, when only what is recorded as the group's is loaded.
+    for late in [&mut to, &mut GroupMachine::data(TO, [])] {
+        for op in [create(), adopt(GROUP, 5, tail, digest), unseal(5)] {
+            let outcome = apply(late, &store, op).unwrap();
+            assert!(
+                matches!(
+                    outcome,
+                    GroupOutcome::NoShard
+                        | GroupOutcome::Moved { to: GROUP }
+                        | GroupOutcome::Created { existed: true }
+                        | GroupOutcome::Adopted { existed: true, .. }
+                ),
+                "{outcome:?}"
+            );
+        }
     }
     assert!(store.0.borrow().writes.is_empty());
-    // From there on it goes with the others.
+    // From there on it goes on.
     let (tail, digest, _) = sealed(apply(&mut from, &store, seal(TO, 7)).unwrap());
-    let outcome = apply(&mut late, &store, adopt(GROUP, 7, tail, digest)).unwrap();
+    let outcome = apply(&mut to, &store, adopt(GROUP, 7, tail, digest)).unwrap();
+    assert_eq!(outcome, GroupOutcome::Adopted { tail, existed: false });
+}
+
+#[test]
+fn a_move_that_was_given_up_is_none() {
+    let store = Store::new(false);
+    let mut from = GroupMachine::data(GROUP, []);
+    assert_eq!(apply(&mut from, &store, unseal(5)).unwrap(), GroupOutcome::NoShard);
+    apply(&mut from, &store, create()).unwrap();
+    apply(&mut from, &store, publish(100, 1, 1, Some("x".into()))).unwrap();
+    let (tail, digest, _) = sealed(apply(&mut from, &store, seal(TO, 5)).unwrap());
+    assert_eq!(apply(&mut from, &store, unseal(5)).unwrap(), GroupOutcome::Unsealed);
+    // It goes on where it was, and no other group takes it.
+    assert_eq!(
+        first_of(apply(&mut from, &store, publish(200, 1, 2, None)).unwrap()),
+        (tail, false)
+    );
+    let taken = apply(&mut GroupMachine::data(TO, []), &store, adopt(GROUP, 5, tail, digest));
+    assert!(
+        matches!(taken, Err(ApplyError::Adopt(AdoptFault::NotSealed { .. }))),
+        "{taken:?}"
+    );
+    // A seal of it that comes late is of no effect, also where it never was sealed, and after a restart.
+    for again in [seal(TO, 5), seal(TO, 4), unseal(5), unseal(4)] {
+        assert_eq!(apply(&mut from, &store, again).unwrap(), GroupOutcome::Unsealed);
+    }
+    let mut again = GroupMachine::data(GROUP, [store.load()]);
+    assert_eq!(apply(&mut again, &store, seal(TO, 5)).unwrap(), GroupOutcome::Unsealed);
+    assert_eq!(
+        first_of(apply(&mut again, &store, publish(300, 1, 3, None)).unwrap()),
+        (tail.plus(1), false)
+    );
+    // The next move goes its way; what is told of the one before does not open it again.
+    let (tail, digest, existed) = sealed(apply(&mut again, &store, seal(TO, 6)).unwrap());
+    assert_eq!((tail, existed), (Sequence::new(4), false));
+    assert_eq!(
+        apply(&mut again, &store, unseal(5)).unwrap(),
+        GroupOutcome::Moved { to: TO }
+    );
+    let outcome = apply(&mut GroupMachine::data(TO, []), &store, adopt(GROUP, 6, tail, digest)).unwrap();
     assert_eq!(outcome, GroupOutcome::Adopted { tail, existed: false });
 }
 
@@ -216,6 +265,13 @@ fn an_adoption_must_find_what_the_seal_said() {
     let entry = command(adopt(GROUP, 5, tail, digest));
     assert_eq!(waits_for(&entry), Some((GROUP, LogIndex::new(77))));
     assert_eq!(waits_for(&command(create())), None);
+    // What it needs is here, though who sealed it were gone; and again once it was adopted. Another move's is not.
+    let other = command(adopt(GROUP, 6, tail, digest));
+    let adoptable = |entry: &pb::GroupCommand| is_adoptable(entry, &store).unwrap();
+    assert!(adoptable(&entry) && !adoptable(&other) && !adoptable(&command(create())));
+    let mut to = GroupMachine::data(TO, []);
+    apply(&mut to, &store, adopt(GROUP, 5, tail, digest)).unwrap();
+    assert!(adoptable(&entry) && !adoptable(&other));
 }
 
 /// What happens to a shard.
@@ -401,21 +457,49 @@ fn a_move_that_is_given_up_leaves_the_shard_where_it_is() {
         "its new group goes"
     );
     assert_eq!(catalog.group(from).shards, 1);
-    // Once it is sealed there is no way back.
+    let sealed = |move_id| {
+        MetaOp::ShardSealed(pb::ShardSealed {
+            shard_id,
+            stream_id: stream_id.clone(),
+            move_id,
+            seal: Some(pb::Seal {
+                index: 3,
+                tail: 1,
+                digest: 1,
+            }),
+        })
+    };
+    let give_up = |move_id| {
+        MetaOp::GiveUpShardMove(pb::GiveUpShardMove {
+            shard_id,
+            stream_id: stream_id.clone(),
+            move_id,
+            why: "a node is away".into(),
+        })
+    };
+    // What is decided first counts: once it is given up its seal is not taken any more, and it is over when it is unsealed.
     catalog.done(plan());
     let second = moving(&catalog).unwrap();
     assert!(second.to_group > first.to_group && second.move_id > first.move_id);
     catalog.form(second.to_group);
-    catalog.done(MetaOp::ShardSealed(pb::ShardSealed {
-        shard_id,
-        stream_id: stream_id.clone(),
-        move_id: second.move_id,
-        seal: Some(pb::Seal {
-            index: 3,
-            tail: 1,
-            digest: 1,
-        }),
-    }));
-    let refusal = catalog.refused(abort(second.move_id));
-    assert!(refusal.to_string().contains("can only go on"), "{refusal}");
+    catalog.done(give_up(second.move_id));
+    catalog.done(give_up(second.move_id));
+    let refusal = catalog.refused(sealed(second.move_id));
+    assert!(refusal.to_string().contains("was given up"), "{refusal}");
+    assert!(
+        matches!(catalog.refused(plan()), MetaRefusal::InFlight { .. }),
+        "not over yet"
+    );
+    catalog.done(abort(second.move_id));
+    assert_eq!(moving(&catalog), None);
+    assert_eq!(catalog.group(from).shards, 1);
+    // Once its seal is told there is no way back.
+    catalog.done(plan());
+    let third = moving(&catalog).unwrap();
+    catalog.form(third.to_group);
+    catalog.done(sealed(third.move_id));
+    for back in [abort(third.move_id), give_up(third.move_id)] {
+        let refusal = catalog.refused(back);
+        assert!(refusal.to_string().contains("can only go on"), "{refusal}");
+    }
 }

@@ -286,8 +286,10 @@ impl Session {
     }
 
     fn caught_up(&self) -> v1::CaughtUp {
+        // As of when it caught up: more may have come since, which it has not sent.
+        let tail = |r: &ShardReader| r.positions().tail.min(r.next());
         v1::CaughtUp {
-            tails: self.tails(),
+            tails: self.readers.iter().map(|(s, r)| position(*s, tail(r))).collect(),
             cursor: self.cursor(),
             freshness: self.freshness(),
         }

@@ -31,7 +31,7 @@ pub(super) async fn run(broker: Arc<Broker>, token: CancellationToken) {
             if token.is_cancelled() {
                 return;
             }
-            let due = shard.positions().next_expiry.is_some_and(|at| at <= TimeUs::new(now));
+            let due = shard.positions().next_expiry.is_some_and(|at| at <= TimeUs::new(now)) && shard.heir().is_none();
             let leader = || broker.groups.get(shard.group()).filter(Group::leads);
             let Some(group) = due.then(leader).flatten() else {
                 continue;

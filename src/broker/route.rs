@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use super::error::ReadError;
 use crate::control::view::View;
+use crate::machine::placement::voters_of;
 use crate::model::{GroupId, NodeId, ReplicaId};
 use crate::raft::transport::{PeerMethod, Peers};
 use crate::raft::{Group, Groups};
@@ -181,8 +182,7 @@ impl Router {
         let record = self.view.group_record(group)?;
         let links = peers.links();
         let down = |node: u64| links.iter().any(|l| l.node.get() == node && !l.up);
-        let votes = |replica: &&pb::ReplicaRecord| replica.role() == pb::ReplicaRole::Voter;
-        let voters = || record.replicas.iter().filter(votes);
+        let voters = || voters_of(&record);
         let replicas = voters().count();
         Some(Reach {
             live: voters().filter(|replica| !down(replica.node_id)).count(),
@@ -201,19 +201,20 @@ impl Router {
     /// else by who is connected. While members change the catalog is not what decides: a leader that is answered has a
     /// quorum.
     pub fn without_quorum(&self, group: GroupId) -> Option<Reach> {
-        let reach = self.reach(group)?;
-        let local = self.groups.get(group).filter(Group::leads);
-        let Some(local) = local else {
-            return (!reach.is_quorum()).then_some(reach);
+        self.peers.as_ref()?;
+        let Some(local) = self.groups.get(group).filter(Group::leads) else {
+            return self.reach(group).filter(|reach| !reach.is_quorum());
         };
-        let silence = local.quorum_silence()?;
+        // Asked for each entry: what is common is told by the replica alone.
+        let silence = local.quorum_silence().filter(|silence| *silence >= SILENT_AND_APART)?;
+        let reach = self.reach(group)?;
         // Between two heartbeats there is silence.
         let silent = SILENT.max(local.heartbeat() * 4);
         if silence >= silent {
             let live = reach.live.min(local.answering(silent));
             return Some(Reach { live, ..reach });
         }
-        (silence >= SILENT_AND_APART && !reach.is_quorum()).then_some(reach)
+        (!reach.is_quorum()).then_some(reach)
     }
 
     /// Whom to ask, best first.

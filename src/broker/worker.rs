@@ -457,8 +457,10 @@ impl Worker {
     /// How long a batch waits for a leader. One with a producer's number longer than any usual trouble lasts: whoever sent it
     /// sends it again, and were it given up before one behind it, that one would be answered first.
     fn patience(&self, waiting: &Waiting) -> Duration {
+        if waiting.producer().is_some() {
+            return RELAY_PATIENCE;
+        }
         match self.router.without_quorum(self.group()) {
-            _ if waiting.producer().is_some() => RELAY_PATIENCE,
             Some(_) => NO_QUORUM,
             None => ELECTION,
         }

@@ -27,7 +27,7 @@ use crate::base::clock::Clock;
 use crate::machine::meta::remembered;
 use crate::machine::port::MetaKind;
 use crate::machine::{GroupOutcome, MetaOutcome, MetaRefusal};
-use crate::model::{GroupId, Revision, Sequence, ShardId};
+use crate::model::{GroupId, LogIndex, Revision, Sequence, ShardId};
 use crate::raft::transport::Peers;
 use crate::raft::{Applied, Group, Groups, ProposeError};
 use crate::wire::{internal as pb, spec, v1};
@@ -162,12 +162,20 @@ impl Control {
     }
 
     async fn propose_shard(&self, group: &Group, op: pb::group_command::Op) -> Result<Applied, ProposeError> {
+        Ok(self.propose_indexed(group, op).await?.1)
+    }
+
+    async fn propose_indexed(
+        &self,
+        group: &Group,
+        op: pb::group_command::Op,
+    ) -> Result<(LogIndex, Applied), ProposeError> {
         let command = pb::GroupCommand {
             feature_level: self.view.feature_level(),
             op: Some(op),
         };
-        let (_, _, applied) = group.propose(command.encode_to_vec().into()).await?.wait().await?;
-        Ok(applied)
+        let (index, _, applied) = group.propose(command.encode_to_vec().into()).await?.wait().await?;
+        Ok((index, applied))
     }
 
     fn refused(namespace: &str, name: &str, refusal: MetaRefusal) -> AdminError {

@@ -12,7 +12,7 @@ use super::Control;
 use super::meta::QUORUM_AGE;
 use super::view::{ShardPlace, StreamView};
 use crate::model::{GroupId, LogIndex, ReplicaId, Revision, ShardId};
-use crate::raft::{Group, ProposeError};
+use crate::raft::{Group, ProposeError, ShardShared};
 use crate::wire::spec::shard_config;
 use crate::wire::{internal as pb, v1};
 
@@ -59,6 +59,7 @@ async fn round(control: &Control) -> Result<Done, ProposeError> {
     if control.peers.is_some() {
         control.start_meta_again().await?;
         clear_out(control).await;
+        drop_left(control).await;
     }
     control.start_groups(false).await?;
     if control.peers.is_some() {
@@ -237,21 +238,54 @@ async fn clear_out(control: &Control) {
             Err(error) => tracing::warn!(%group, replica, %error, "what a removed replica has left is not removed yet"),
         }
     }
+    let left = control.groups.left_here();
     for record in control.view.group_records() {
         let group = GroupId::new(record.group_id);
         for gone in record.removed.iter().filter(|replica| is_here(control, replica)) {
-            let left = control
-                .groups
-                .left_here()
-                .into_iter()
-                .any(|(id, owner)| id == group && owner.is_none_or(|owner| owner.get() == gone.replica_id));
-            if !left {
+            let of_it = |owner: &Option<ReplicaId>| owner.is_none_or(|owner| owner.get() == gone.replica_id);
+            if !left.iter().any(|(id, owner)| *id == group && of_it(owner)) {
                 let op = pb::meta_command::Op::ReplicaGone(pb::ReplicaGone {
                     group_id: record.group_id,
                     replica_id: gone.replica_id,
                 });
                 control.tell_catalog("a replica that is gone", op).await;
             }
+        }
+    }
+}
+
+/// Sealed shards that nobody will adopt here are removed: while one is there its group's state cannot be sent (0048).
+async fn drop_left(control: &Control) {
+    let directory = control.groups.directory();
+    let left = |face: &ShardShared| face.heir().is_some() && is_left(control, face.shard, face.group());
+    let found: Vec<_> = directory.all().into_iter().filter(|face| left(face)).collect();
+    // Not by a view that is behind.
+    if found.is_empty() || control.barrier().await.is_err() {
+        return;
+    }
+    for face in found.iter().filter(|face| left(face)) {
+        let (shard, group) = (face.shard, face.group());
+        match control.groups.drop_sealed(group, shard).await {
+            Ok(()) => {
+                tracing::info!(%shard, %group, "the shard has gone on to other nodes; what was sealed here is removed")
+            }
+            Err(error) => tracing::warn!(%shard, %group, %error, "what was sealed here is not removed yet"),
+        }
+    }
+}
+
+/// Whether a shard that is sealed in a group here went on elsewhere, or was removed for good. Ids are given once, in order.
+fn is_left(control: &Control, shard: ShardId, group: GroupId) -> bool {
+    let view = &control.view;
+    let given = |cluster: pb::ClusterRecord| shard.get() < cluster.next_shard_id;
+    match view.owner_of(shard) {
+        None => view.cluster().is_some_and(given),
+        Some(owner) => {
+            let here = |record: Arc<pb::GroupRecord>| record.replicas.iter().any(|replica| is_here(control, replica));
+            owner != group
+                && !view.moves_of(group).iter().any(|on| on.shard == shard)
+                && !view.group_record(owner).is_some_and(here)
+                && control.groups.get(owner).is_none()
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::base::alarms::Alarms;
 use crate::base::clock::Clock;
 use crate::base::tasks::Tasks;
 use crate::machine::MetaOutcome;
+use crate::machine::placement::voters_of;
 use crate::model::{GroupId, LogIndex, NodeId, ReplicaId};
 use crate::raft::transport::Peers;
 use crate::raft::{Groups, Origin, ProposeError};
@@ -271,9 +272,8 @@ impl Control {
         let Some(record) = self.view.group_record(group) else {
             return Origin::Join;
         };
-        let voter = |record: &&pb::ReplicaRecord| record.role() == pb::ReplicaRole::Voter;
-        let voters = record.replicas.iter().filter(voter);
-        let voters: std::collections::BTreeSet<_> = voters.map(|r| ReplicaId::new(r.replica_id)).collect();
+        let voters = voters_of(&record).map(|replica| ReplicaId::new(replica.replica_id));
+        let voters: std::collections::BTreeSet<_> = voters.collect();
         match !record.formed && record.change.is_none() && voters.contains(&replica) {
             true => Origin::Found(voters),
             false => Origin::Join,

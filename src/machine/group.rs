@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::meta::{MetaMachine, MetaOutcome};
 use super::outcome::{ExpireOutcome, ItemOutcome, PurgeOutcome, UpdateOutcome};
-use super::port::{ShardSink, ShardView};
+use super::port::{ShardSink, ShardView, ViewError};
 use super::shard::ShardMachine;
 use super::{AdoptFault, ApplyError, FEATURE_LEVEL, UnknownFeature};
 use crate::model::subject::SubjectError;
@@ -30,6 +30,8 @@ pub enum GroupOutcome {
     Meta(MetaOutcome),
     /// The shard takes nothing any more in this group; `tail` and `digest` are what its adoption must find.
     Sealed { tail: Sequence, digest: u64, existed: bool },
+    /// The shard is open in this group, and stays in it: its move was given up.
+    Unsealed,
     /// The shard is of this group from now on; it was before if `existed`.
     Adopted { tail: Sequence, existed: bool },
     /// The shard was sealed here: it belongs to that group, or will in a moment. Nothing was done.
@@ -48,6 +50,14 @@ pub fn waits_for(command: &pb::GroupCommand) -> Option<(GroupId, LogIndex)> {
             Some((GroupId::new(adopt.from_group), LogIndex::new(seal.index)))
         }
         Some(_) | None => None,
+    }
+}
+
+/// Whether an adoption finds what it needs, or nothing more to do: then it does not wait, and who sealed the shard may be gone.
+pub fn is_adoptable(command: &pb::GroupCommand, view: &dyn ShardView) -> Result<bool, ViewError> {
+    match &command.op {
+        Some(Op::AdoptShard(adopt)) => ShardMachine::is_adoptable(view, adopt),
+        Some(_) | None => Ok(false),
     }
 }
 
@@ -91,12 +101,6 @@ impl GroupMachine {
     /// All shards, by id.
     pub fn shards(&self) -> impl Iterator<Item = &ShardMachine> {
         self.shards.values()
-    }
-
-    /// Another group's replica on this node has taken the shard over from a snapshot: what is left in this group's log of it
-    /// is of no effect here, as after a restart, when only the shards that are recorded as this group's are loaded.
-    pub fn forget_shard(&mut self, shard: ShardId) {
-        self.shards.remove(&shard);
     }
 
     /// The catalog, in the meta group.
@@ -153,6 +157,7 @@ impl GroupMachine {
                 Err(answer) => answer,
             },
             Op::SealShard(seal) => self.seal(sink, seal),
+            Op::UnsealShard(unseal) => self.unseal(sink, unseal),
             Op::AdoptShard(adopt) => self.adopt(view, sink, adopt)?,
             Op::Meta(command) => match &mut self.meta {
                 Some(meta) => GroupOutcome::Meta(meta.apply(sink, command)?),
@@ -178,22 +183,35 @@ impl GroupMachine {
         let Some(shard) = self.shards.get_mut(&ShardId::new(seal.shard_id)) else {
             return GroupOutcome::NoShard;
         };
-        let existed = match shard.seal() {
+        let existed = match shard.seal().copied() {
             Some(known) if known.move_id != seal.move_id => {
                 return GroupOutcome::Moved {
                     to: GroupId::new(known.to_group),
                 };
             }
             Some(_) => true,
-            None => {
-                shard.apply_seal(sink, GroupId::new(seal.to_group), seal.move_id);
-                false
-            }
+            None if shard.apply_seal(sink, GroupId::new(seal.to_group), seal.move_id) => false,
+            None => return GroupOutcome::Unsealed,
         };
         GroupOutcome::Sealed {
             tail: shard.tail(),
             digest: shard.digest(),
             existed,
+        }
+    }
+
+    fn unseal(&mut self, sink: &mut dyn ShardSink, unseal: &pb::UnsealShard) -> GroupOutcome {
+        let Some(shard) = self.shards.get_mut(&ShardId::new(unseal.shard_id)) else {
+            return GroupOutcome::NoShard;
+        };
+        match shard.seal() {
+            Some(later) if later.move_id > unseal.move_id => GroupOutcome::Moved {
+                to: GroupId::new(later.to_group),
+            },
+            Some(_) | None => {
+                shard.apply_unseal(sink, unseal.move_id);
+                GroupOutcome::Unsealed
+            }
         }
     }
 
@@ -237,7 +255,7 @@ impl GroupMachine {
         create: &pb::CreateShard,
     ) -> Result<GroupOutcome, ApplyError> {
         let id = ShardId::new(create.shard_id);
-        // One that another group has here has moved on since: its replica came by a snapshot while this log is behind.
+        // One that went to another group is not in this one's records any more.
         let existed =
             self.shards.contains_key(&id) || view.shard_state(id)?.is_some_and(|state| state.group != self.group);
         if !existed {

@@ -11,7 +11,7 @@ pub mod placement;
 pub mod port;
 pub mod shard;
 
-pub use group::{GroupMachine, GroupOutcome, waits_for};
+pub use group::{GroupMachine, GroupOutcome, is_adoptable, waits_for};
 pub use meta::{MetaMachine, MetaOutcome, MetaRefusal};
 pub use outcome::{
     Duplicate, DuplicateItem, ExpireOutcome, ItemOutcome, PurgeOutcome, Refusal, StoredItem, UpdateOutcome,

@@ -63,6 +63,17 @@ pub(super) fn machine(group: GroupId, state: &StateDb) -> io::Result<machine::Gr
     Ok(machine::GroupMachine::data(group, shards))
 }
 
+/// Another group, whose replica here must apply more before this is applied; none, if what the command builds on is here.
+pub(super) fn waits_for(command: &pb::GroupCommand, state: &StateDb) -> io::Result<Option<GroupId>> {
+    let Some((group, index)) = machine::waits_for(command) else {
+        return Ok(None);
+    };
+    if state.applied_index(group) >= Some(index) || machine::is_adoptable(command, state).map_err(invalid)? {
+        return Ok(None);
+    }
+    Ok(Some(group))
+}
+
 /// Entries are looked through in pieces of about so many bytes.
 const LOOK_BYTES: usize = 1 << 20;
 
@@ -84,8 +95,7 @@ pub(super) fn first_that_waits(log: &GroupLog, applied: Option<LogId>, state: &S
             let Ok(command) = pb::GroupCommand::decode(proposal.0) else {
                 continue;
             };
-            let waits = machine::waits_for(&command);
-            if waits.is_some_and(|(other, index)| state.applied_index(other) < Some(index)) {
+            if waits_for(&command, state)?.is_some() {
                 return Ok(Some(entry.log_id.index));
             }
         }

@@ -163,6 +163,11 @@ pub(super) fn members_of(metrics: &Metrics) -> Members {
     }
 }
 
+/// A group of one voter is its own quorum.
+fn is_alone(metrics: &Metrics) -> bool {
+    metrics.membership_config.membership().voter_ids().count() <= 1
+}
+
 impl Group {
     pub(super) fn metrics(&self) -> Metrics {
         self.raft().metrics().borrow_watched().clone()
@@ -214,8 +219,7 @@ impl Group {
     /// How recent what this replica has applied is.
     pub fn freshness(&self) -> Freshness {
         let metrics = self.metrics();
-        let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
-        let heard = match (metrics.state.is_leader(), alone) {
+        let heard = match (metrics.state.is_leader(), is_alone(&metrics)) {
             (true, true) => Some(Duration::ZERO),
             (true, false) => metrics.last_quorum_acked.map(|at| at.elapsed()),
             (false, _) => self.heard.lock().map(|at| at.elapsed()),
@@ -246,10 +250,9 @@ impl Group {
 
     /// Whether this replica leads and a quorum has answered it within `age`. A group of one voter is its own quorum.
     pub fn leads_quorum(&self, age: Duration) -> bool {
-        if !self.metrics().state.is_leader() {
-            return false;
-        }
-        self.quorum_silence().is_none_or(|silence| silence <= age)
+        let metrics = self.raft().metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.state.is_leader() && self.silence(&metrics).is_none_or(|silence| silence <= age)
     }
 
     /// On a leader of several voters: how long no quorum has answered it, since it leads if none has yet.
@@ -257,8 +260,14 @@ impl Group {
     /// openraft tells when the last request was *sent* that a quorum has answered. Under load that can be long ago though
     /// answers come all the time: so long as it goes on, there is no silence.
     pub fn quorum_silence(&self) -> Option<Duration> {
-        let metrics = self.metrics();
-        if !metrics.state.is_leader() || members_of(&metrics).voters.len() <= 1 {
+        let metrics = self.raft().metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.state.is_leader().then(|| self.silence(&metrics)).flatten()
+    }
+
+    /// As [`quorum_silence`](Self::quorum_silence), of a leader. Asked for each entry: looks without a copy.
+    fn silence(&self, metrics: &Metrics) -> Option<Duration> {
+        if is_alone(metrics) {
             return None;
         }
         let Some(acked) = metrics.last_quorum_acked else {

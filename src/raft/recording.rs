@@ -17,6 +17,7 @@ pub(super) fn shard_of(op: &pb::group_command::Op) -> Option<ShardId> {
         Op::Expire(c) => c.shard_id,
         Op::Purge(c) => c.shard_id,
         Op::SealShard(c) => c.shard_id,
+        Op::UnsealShard(c) => c.shard_id,
         Op::AdoptShard(c) => c.shard_id,
         Op::Meta(_) => return None,
     };

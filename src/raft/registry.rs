@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use parking_lot::RwLock;
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,9 @@ use super::transport::{Peers, RaftHandle, Replicas, SnapshotProgress};
 use super::watch::{self, GroupEvent};
 use crate::base::Tasks;
 use crate::base::metric_names as names;
-use crate::model::{GroupId, LogIndex, ReplicaId};
+use crate::machine::ShardMachine;
+use crate::machine::port::ShardSink as _;
+use crate::model::{GroupId, LogIndex, ReplicaId, ShardId};
 use crate::storage::{Done, LogDb, StateDb, StorageError, Store};
 
 /// How often idle shards give back the memory of their recent batches.
@@ -220,12 +223,36 @@ impl Groups {
         if !self.log.meta(id)?.quarantined {
             self.ask_log(|done| self.log.set_aside(id, done)).await?;
         }
-        let state = self.context.state.clone();
-        let dropped = tokio::task::spawn_blocking(move || state.drop_group(id)).await;
+        let (state, here) = (self.context.state.clone(), self.log.groups());
+        // A sealed shard stays for the replica that will adopt it, whose log may be behind.
+        let stays = move |record: &[u8]| ShardMachine::heir_in(record).is_some_and(|heir| here.contains(&heir));
+        let dropped = tokio::task::spawn_blocking(move || state.drop_group(id, stays)).await;
         dropped.map_err(|_| StorageError::Closed)??;
         let meta = self.log.meta(id)?;
         let retired = meta.owner.max(meta.retired);
         self.ask_log(|done| self.log.clear(id, retired, done)).await
+    }
+
+    /// Removes a shard that is sealed in a group and that nobody will adopt here. The group's replica here ends; it is to be
+    /// started again.
+    pub async fn drop_sealed(&self, id: GroupId, shard: ShardId) -> Result<(), StorageError> {
+        let _changing = self.changing.lock().await;
+        self.end(id).await;
+        self.directory().remove(shard);
+        let state = self.context.state.clone();
+        let dropped = tokio::task::spawn_blocking(move || {
+            let sealed = |(at, owner, record): &(ShardId, GroupId, Bytes)| {
+                (*at, *owner) == (shard, id) && ShardMachine::heir_in(record).is_some()
+            };
+            if state.shards()?.iter().any(sealed) {
+                let mut batch = state.batch();
+                batch.drop_shard(shard);
+                state.write(batch)?;
+                state.flush()?;
+            }
+            Ok(())
+        });
+        dropped.await.map_err(|_| StorageError::Closed)?
     }
 
     async fn ask_log(&self, ask: impl FnOnce(Done)) -> Result<(), StorageError> {

@@ -10,7 +10,8 @@ use tokio::task::{JoinError, JoinHandle};
 
 use super::codec::Marker;
 use crate::base::blocking::settled;
-use crate::model::GroupId;
+use crate::machine::ShardMachine;
+use crate::model::{GroupId, ShardId};
 use crate::storage::{Exported, ExportedShards, GroupView, Piece, StagedGroup, StateDb, StorageError, Stretch};
 
 /// Chunks that wait between the one who reads them from disk and the one who sends or writes them.
@@ -77,6 +78,8 @@ pub(super) struct Pin {
     /// As of the view.
     pub marker: Marker,
     pub shards: ExportedShards,
+    /// A shard that is sealed in it.
+    pub sealed: Option<ShardId>,
     orders: SyncSender<Order>,
     work: JoinHandle<Result<(), StorageError>>,
 }
@@ -98,8 +101,12 @@ impl Pin {
         let db = state.clone();
         let work = tokio::task::spawn_blocking(move || {
             db.view_group(group, |view| {
+                let sealed = view.find_shard(|record| ShardMachine::heir_in(record).is_some())?;
                 // Who asked may have gone: then nothing will be ordered.
-                let _ = taken_tx.send(view.applied().map(|(_, raw)| (raw.clone(), view.shards().clone())));
+                let _ = taken_tx.send(
+                    view.applied()
+                        .map(|(_, raw)| (raw.clone(), view.shards().clone(), sealed)),
+                );
                 while let Ok(order) = orders_rx.recv() {
                     obey(view, order)?;
                 }
@@ -107,16 +114,26 @@ impl Pin {
             })
         });
         match settled(taken_rx).await {
-            Ok(Some((raw, shards))) => Ok(Some(Self {
+            Ok(Some((raw, shards, sealed))) => Ok(Some(Self {
                 group,
                 marker: Marker::decode(&raw)?,
                 shards,
+                sealed,
                 orders,
                 work,
             })),
             Ok(None) => Ok(None),
             Err(_) => Err(failure(settled(work).await)),
         }
+    }
+
+    /// Why the view must not be given to another replica. Who gets a shard that is sealed might have adopted it already, and
+    /// gone on: what the adoption needs is on every node anyway (0048).
+    pub fn held_by(&self) -> Option<String> {
+        let shard = self.sealed?;
+        Some(format!(
+            "{shard} is on its way to another group; it is sent without it in a moment"
+        ))
     }
 
     /// Tells the pieces that everything consists of, and `None` behind the last. A queue that ends without it: the view

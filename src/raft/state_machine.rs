@@ -3,7 +3,7 @@
 //! `state/` has no WAL: after a crash it is older than the log, and openraft applies the difference again. What apply
 //! writes depends only on the entries and on the group's own state, so that applying again gives the same.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -251,15 +251,12 @@ impl GroupMachine {
 
     /// Waits until this node's own replica of another group has applied what the command builds on.
     async fn wait_for_others(&self, command: &pb::GroupCommand) -> io::Result<()> {
-        let Some((group, index)) = machine::waits_for(command) else {
-            return Ok(());
-        };
         loop {
             let mut woken = std::pin::pin!(self.context.seals.notified());
             woken.as_mut().enable();
-            if self.context.state.applied_index(group) >= Some(index) {
+            let Some(group) = load::waits_for(command, &self.context.state)? else {
                 return Ok(());
-            }
+            };
             tokio::select! {
                 () = woken => {}
                 () = tokio::time::sleep(SEAL_LOOK) => {}
@@ -270,19 +267,16 @@ impl GroupMachine {
         }
     }
 
-    /// A shard that another group's replica here has taken over by a snapshot is none of this one any more.
-    fn give_up_shard(&mut self, shard: ShardId) {
+    /// A shard goes to another group only after every replica of this one has applied its seal (0048): whoever finds another
+    /// one in its place must not go on.
+    fn must_own(&self, id: &LogId, shard: ShardId) -> io::Result<()> {
         let elsewhere = (self.shared.get(&shard)).is_some_and(|face| face.group() != self.group);
-        if elsewhere
-            && self
-                .machine
-                .shard(shard)
-                .is_some_and(|machine| machine.seal().is_none())
-        {
-            tracing::info!(group = %self.group, %shard, "another group here has the shard, by a snapshot");
-            self.machine.forget_shard(shard);
-            self.shared.remove(&shard);
+        let open = |machine: &ShardMachine| machine.seal().is_none();
+        if elsewhere && self.machine.shard(shard).is_some_and(open) {
+            let why = format!("another group has {shard}, which was not sealed here");
+            return Err(machine_error(self.group, id, why));
         }
+        Ok(())
     }
 
     /// Applies a command and writes what it does, with the applied marker, which is set already.
@@ -291,7 +285,7 @@ impl GroupMachine {
         let face = shard.and_then(|shard| self.context.directory.get(shard));
         let _applying = face.as_ref().map(|face| face.apply());
         if let Some(shard) = shard {
-            self.give_up_shard(shard);
+            self.must_own(id, shard)?;
         }
         let (applied, touched) = self.run_command(id, command, shard, &mut batch)?;
         self.write_applied(id, batch)?;
@@ -518,6 +512,9 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
         self.membership = meta.last_membership.clone();
         self.installed = meta.last_log_id;
         let index = LogIndex::new(meta.last_log_id.map_or(0, |l| l.index));
+        // What is sealed here and not there was adopted there. Its other group's replica here may be behind: it finds it here.
+        let sealed = self.machine.shards().filter(|shard| shard.seal().is_some());
+        let sealed: BTreeSet<ShardId> = sealed.map(ShardMachine::shard).collect();
         // From here on no other group's replica here applies to them.
         for shard in staged.shard_ids() {
             if let Some(face) = self.context.directory.get(shard) {
@@ -526,7 +523,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
             }
         }
         let (state, marker) = (self.context.state.clone(), self.marker());
-        let switch = run_blocking(move || state.install_group(staged, index, &marker));
+        let switch = run_blocking(move || state.install_group(staged, &sealed, index, &marker));
         switch.await.map_err(io::Error::other)?.map_err(io_error)?;
         self.reload()?;
         *self.snapshot.lock() = Some(meta.clone());

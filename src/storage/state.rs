@@ -162,12 +162,13 @@ impl StateDb {
         self.0.applied.lock().iter().map(|(g, i)| (*g, *i)).collect()
     }
 
-    /// Removes everything that is a group's: its shards, its applied marker. Durable when it returns. The caller sees to it
-    /// that nobody reads or applies the group meanwhile. Blocks. True: there was something.
-    pub fn drop_group(&self, group: GroupId) -> Result<bool, StorageError> {
+    /// Removes everything that is a group's: its applied marker, and its shards, but those whose record says that they stay.
+    /// Durable when it returns. The caller sees to it that nobody reads or applies the group meanwhile. Blocks. True: there was
+    /// something.
+    pub fn drop_group(&self, group: GroupId, stays: impl Fn(&[u8]) -> bool) -> Result<bool, StorageError> {
         let mut batch = self.batch();
-        for (shard, owner, _) in self.shards()? {
-            if owner == group {
+        for (shard, owner, record) in self.shards()? {
+            if owner == group && !stays(&record) {
                 batch.drop_shard(shard);
             }
         }

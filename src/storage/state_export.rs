@@ -250,28 +250,42 @@ impl<'a> GroupView<'a> {
     }
 
     fn shards_of_group(&self) -> Result<ExportedShards, StorageError> {
+        let mut shards = ExportedShards::new();
+        self.each_record(|shard, _| {
+            shards.insert(shard, self.floors_of(shard)?);
+            Ok(())
+        })?;
+        Ok(shards)
+    }
+
+    /// The first of the group's shards whose record is like that.
+    pub fn find_shard(&self, is_like_that: impl Fn(&[u8]) -> bool) -> Result<Option<ShardId>, StorageError> {
+        let mut found = None;
+        self.each_record(|shard, record| {
+            found = found.or(is_like_that(record).then_some(shard));
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// The group's shards with their records.
+    fn each_record(&self, mut met: impl FnMut(ShardId, &[u8]) -> Result<(), StorageError>) -> Result<(), StorageError> {
         let (from, to) = keys::all_shards();
         let mut options = ReadOptions::default();
         options.set_snapshot(&self.snapshot);
         options.set_iterate_upper_bound(to);
         let mut iter = self.db.0.db.raw_iterator_opt(options);
         iter.seek(from);
-        let mut shards = ExportedShards::new();
         while let Some((key, value)) = iter.item() {
             let mut payload = unframe(Area::State, key, value)?;
             match (Key::decode(key), take_u64(&mut payload)) {
-                (Some(Key::Shard(shard)), Some(owner)) => {
-                    if owner == self.group.get() {
-                        shards.insert(shard, self.floors_of(shard)?);
-                    }
-                }
+                (Some(Key::Shard(shard)), Some(owner)) if owner == self.group.get() => met(shard, payload)?,
+                (Some(Key::Shard(_)), Some(_)) => {}
                 _ => return Err(corrupt(Area::State, key, "too short")),
             }
             iter.next();
         }
-        iter.status()
-            .map(|()| shards)
-            .map_err(|e| read_error(Area::State, "listing shards", &e))
+        iter.status().map_err(|e| read_error(Area::State, "listing shards", &e))
     }
 
     fn floors_of(&self, shard: ShardId) -> Result<Floors, StorageError> {

@@ -1,7 +1,7 @@
 //! The switch from the state that a group has to the one that was received for it (`state_stage.rs`). Quick, because the
 //! engine takes the files over as they are, and batches that both states have stay where they are:
 //!
-//! 1. if anything stays, `state/` is flushed, so that no crash can take it back;
+//! 1. if anything stays, `state/` is flushed, so that no crash can take it back (sealed shards stay as well, 0048);
 //! 2. `INSTALL` is written beside the files and synced: from here on the switch will be finished, now or at the next
 //!    start; whatever else the group had is void;
 //! 3. what the group had, but for what stays, is removed, and that is flushed;
@@ -45,22 +45,26 @@ struct Manifest {
     /// Batches that stay, and what was applied when that was decided: `state/` must not be older. Ascending.
     kept: Vec<KeyRange>,
     base: Option<LogIndex>,
+    /// Shards that stay whole.
+    sealed: BTreeSet<ShardId>,
 }
 
 impl StateDb {
-    /// Puts a received group in the place of what there is of it, with the applied marker. Durable when it returns. The
-    /// caller sees to it that nobody reads or applies the group meanwhile. Blocks, but not for long.
+    /// Puts a received group in the place of what there is of it, with the applied marker. Durable when it returns. Shards of
+    /// `sealed` that are not received stay as they are: their next group adopts them from here. The caller sees to it that nobody reads or applies the group meanwhile. Blocks, but not for long.
     ///
     /// An error has stopped the store: the next start finishes what was begun.
-    pub fn install_group(&self, staged: StagedGroup, applied: LogIndex, marker: &[u8]) -> Result<(), StorageError> {
+    pub fn install_group(
+        &self,
+        staged: StagedGroup,
+        sealed: &BTreeSet<ShardId>,
+        applied: LogIndex,
+        marker: &[u8],
+    ) -> Result<(), StorageError> {
         self.0.shared.check()?;
-        let manifest = Manifest::of(
-            &staged,
-            applied,
-            marker,
-            self.0.applied.lock().get(&staged.place.group).copied(),
-        );
-        if !manifest.kept.is_empty() {
+        let base = self.0.applied.lock().get(&staged.place.group).copied();
+        let manifest = Manifest::of(&staged, sealed, applied, marker, base);
+        if manifest.keeps() {
             self.still_owns(&staged)?;
             self.flush()?;
         }
@@ -109,7 +113,7 @@ impl StateDb {
         let of_group = self
             .shards()?
             .into_iter()
-            .filter(|(_, owner, _)| *owner == manifest.group);
+            .filter(|(shard, owner, _)| *owner == manifest.group && !manifest.sealed.contains(shard));
         replaced.extend(of_group.map(|(shard, _, _)| shard));
         let mut batch = self.batch();
         for shard in replaced {
@@ -185,7 +189,7 @@ impl StateDb {
                     };
                     let manifest = Manifest::parse(&text).ok_or_else(|| bad("it is not what was written"))?;
                     let here = self.0.applied.lock().get(&manifest.group).copied();
-                    if !manifest.kept.is_empty() && here != manifest.base && here != Some(manifest.applied) {
+                    if manifest.keeps() && here != manifest.base && here != Some(manifest.applied) {
                         return Err(bad("the state is not the one that a part of was to stay"));
                     }
                     tracing::info!(group = %manifest.group, applied = %manifest.applied, "finishing a snapshot's install");
@@ -203,7 +207,14 @@ impl StateDb {
 }
 
 impl Manifest {
-    fn of(staged: &StagedGroup, applied: LogIndex, marker: &[u8], base: Option<LogIndex>) -> Self {
+    fn of(
+        staged: &StagedGroup,
+        sealed: &BTreeSet<ShardId>,
+        applied: LogIndex,
+        marker: &[u8],
+        base: Option<LogIndex>,
+    ) -> Self {
+        let received = |shard: &ShardId| staged.shards.contains_key(shard);
         Self {
             group: staged.place.group,
             applied,
@@ -212,12 +223,18 @@ impl Manifest {
             files: staged.files.iter().map(|f| (f.family, f.name.clone())).collect(),
             kept: staged.kept.iter().map(batches_in).collect(),
             base,
+            sealed: sealed.iter().filter(|shard| !received(shard)).copied().collect(),
         }
+    }
+
+    /// Whether anything of what there was stays.
+    fn keeps(&self) -> bool {
+        !self.kept.is_empty() || !self.sealed.is_empty()
     }
 
     fn to_text(&self) -> String {
         let mut text = format!(
-            "mainstem-install 2\ngroup {}\napplied {}\nmarker {}\n",
+            "mainstem-install 3\ngroup {}\napplied {}\nmarker {}\n",
             self.group.get(),
             self.applied.get(),
             hex(&self.marker)
@@ -235,13 +252,16 @@ impl Manifest {
         for (from, to) in &self.kept {
             let _ = writeln!(text, "kept {} {}", hex(from), hex(to));
         }
+        for shard in &self.sealed {
+            let _ = writeln!(text, "sealed {}", shard.get());
+        }
         identity::seal(text)
     }
 
     fn parse(text: &str) -> Option<Self> {
         let mut lines = identity::unseal(text).ok()?.lines();
-        // The first version knew nothing that stays.
-        if !["mainstem-install 1", "mainstem-install 2"].contains(&lines.next()?) {
+        // The first version knew nothing that stays, the second no shards that do.
+        if !["mainstem-install 1", "mainstem-install 2", "mainstem-install 3"].contains(&lines.next()?) {
             return None;
         }
         let mut manifest = Self {
@@ -252,6 +272,7 @@ impl Manifest {
             files: Vec::new(),
             kept: Vec::new(),
             base: None,
+            sealed: BTreeSet::new(),
         };
         for line in lines {
             let words: Vec<&str> = line.split(' ').collect();
@@ -267,6 +288,7 @@ impl Manifest {
                 ["file", "index", name] => manifest.files.push((Family::Index, name.to_string())),
                 ["file", "batches", name] => manifest.files.push((Family::Batches, name.to_string())),
                 ["base", index] => manifest.base = Some(LogIndex::new(index.parse().ok()?)),
+                ["sealed", shard] => drop(manifest.sealed.insert(ShardId::new(shard.parse().ok()?))),
                 ["kept", from, to] => manifest.kept.push((unhex(from)?, unhex(to)?)),
                 _ => return None,
             }

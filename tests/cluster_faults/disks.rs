@@ -44,7 +44,6 @@ async fn refused(seed: u64, prepare: impl AsyncFnOnce(&mut Cluster, &History), w
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the ack of a later batch of a session may overtake that of an earlier one which is sent again: SEED=632231106"]
 async fn an_emptied_disk_is_not_let_in_as_the_old_node() {
     let seed = seed("an_emptied_disk_is_not_let_in_as_the_old_node");
     let prepare = async |cluster: &mut Cluster, history: &History| {
@@ -75,13 +74,11 @@ async fn an_older_disk(starts: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the ack of a later batch of a session may overtake that of an earlier one which is sent again: SEED=632231106"]
 async fn a_disk_from_before_the_last_start_is_not_let_in() {
     an_older_disk(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the ack of a later batch of a session may overtake that of an earlier one which is sent again: SEED=632231106"]
 async fn a_disk_from_two_starts_ago_is_not_let_in() {
     an_older_disk(2).await;
 }
@@ -128,13 +125,11 @@ async fn made_anew(part: Part) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the ack of a later batch of a session may overtake that of an earlier one which is sent again: SEED=700110457"]
 async fn a_node_with_a_damaged_log_is_made_anew() {
     made_anew(Part::Log).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the ack of a later batch of a session may overtake that of an earlier one which is sent again: SEED=700110457"]
 async fn a_node_with_damaged_state_is_made_anew() {
     made_anew(Part::State).await;
 }

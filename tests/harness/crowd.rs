@@ -77,6 +77,20 @@ impl Client {
         }
     }
 
+    /// A session that is told to end after so long, and when everybody is.
+    async fn turn<S: Future>(&self, length: Duration, session: impl FnOnce(CancellationToken) -> S) -> S::Output {
+        let turn = self.stop.child_token();
+        let turn_over = async {
+            tokio::time::sleep(length).await;
+            turn.cancel();
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            ended = session(turn.clone()) => ended,
+            () = turn_over => unreachable!("it never ends"),
+        }
+    }
+
     fn anywhere(&self, rng: &mut StdRng) -> &str {
         &self.addresses[rng.random_range(0..self.addresses.len())]
     }
@@ -168,19 +182,8 @@ async fn produce(client: Client, stream: v1::Stream, seed: u64, resumes: bool) {
         producer.manner = client.manner(&mut rng);
         let address = client.anywhere(&mut rng).to_string();
         // Not every session is for ever: others see what it has left.
-        let turn = client.stop.child_token();
         let length = Duration::from_millis(rng.random_range(300..8_000));
-        let (_, result) = {
-            let (session, turn_over) = (producer.run(&address, turn.clone()), async {
-                tokio::time::sleep(length).await;
-                turn.cancel();
-                std::future::pending::<()>().await;
-            });
-            tokio::select! {
-                ended = session => ended,
-                () = turn_over => unreachable!("it never ends"),
-            }
-        };
+        let (_, result) = client.turn(length, |turn| producer.run(&address, turn)).await;
         if let Err(failure) = result {
             client.counts.failed(who, &failure);
         }
@@ -196,20 +199,8 @@ async fn publish_one_by_one(client: Client, stream: v1::Stream, seed: u64) {
     loop {
         publisher.manner = client.manner(&mut rng);
         let address = client.anywhere(&mut rng).to_string();
-        let turn = client.stop.child_token();
         let length = Duration::from_millis(rng.random_range(100..3_000));
-        let result = {
-            let session = publisher.run(&address, turn.clone());
-            let turn_over = async {
-                tokio::time::sleep(length).await;
-                turn.cancel();
-                std::future::pending::<()>().await;
-            };
-            tokio::select! {
-                ended = session => ended,
-                () = turn_over => unreachable!("it never ends"),
-            }
-        };
+        let result = client.turn(length, |turn| publisher.run(&address, turn)).await;
         if let Err(failure) = result {
             client.counts.failed("unary publisher", &failure);
         }

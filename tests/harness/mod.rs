@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod batch;
+pub mod cli;
 pub mod cluster;
 pub mod crowd;
 pub mod damage;
@@ -16,6 +17,7 @@ pub mod net;
 pub mod node;
 
 pub use api::{Api, Failure};
+pub use cli::cli;
 pub use cluster::Cluster;
 pub use crowd::Crowd;
 pub use history::History;

@@ -7,10 +7,11 @@ pub mod story;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mainstem::control::placement::{Action, GroupReport, NodeReport, Reports, Step, plan};
+use mainstem::control::placement::{Action, GroupReport, LIVE_FOR_US, NodeReport, Reports, Step, plan};
+use mainstem::machine::placement::MoveShape;
 use mainstem::machine::{MetaMachine, MetaOutcome, MetaRefusal};
 use mainstem::model::{GroupId, LogIndex, NodeId, ReplicaId, StreamId, TimeUs};
-use mainstem::wire::internal::v1::{self as pb, ReplicaRole, meta_command::Op};
+use mainstem::wire::internal::v1::{self as pb, NodeState, ReplicaRole, meta_command::Op};
 use mainstem::wire::spec::normalise;
 use mainstem::wire::v1::{Placement, StreamSpec};
 use rand::rngs::StdRng;
@@ -177,6 +178,13 @@ impl World {
         node.is_some_and(|node| self.is_up(node)) && !self.damaged.contains(&ReplicaId::new(replica))
     }
 
+    /// Whether a replica can say that it has applied a seal, or will never say anything again.
+    fn can_seal(&self, replica: &pb::ReplicaRecord) -> bool {
+        let node = self.machine.node(NodeId::new(replica.node_id));
+        let removed = node.is_none_or(|node| node.state() == NodeState::Removed);
+        removed || (self.is_up(replica.node_id) && !self.damaged.contains(&ReplicaId::new(replica.replica_id)))
+    }
+
     pub fn live(&self, group: &pb::GroupRecord, voters: &BTreeSet<u64>) -> usize {
         voters.iter().filter(|id| self.runs(group, **id)).count()
     }
@@ -249,11 +257,44 @@ impl World {
         if let Some(bug) = self.bug {
             bug(self, &mut actions);
         }
+        for action in actions.iter().filter(|action| action.blocked.is_some()) {
+            self.give_up(action);
+        }
         let ready: Vec<Action> = actions.into_iter().filter(|action| action.blocked.is_none()).collect();
         for action in &ready {
             self.act(action)?;
         }
         Ok(ready.len())
+    }
+
+    /// A move that waits for a node that does not answer is given up in time, by the leader of the group.
+    fn give_up(&mut self, action: &Action) {
+        let Step::SealShard {
+            stream,
+            shard,
+            move_id,
+            from,
+            ..
+        } = &action.step
+        else {
+            return;
+        };
+        let planned = |m: &MoveShape| m.shard == *shard && m.step() == pb::MoveStep::Planned;
+        if self.led(*from) && self.machine.shape().moves.iter().any(planned) && self.rng.random_bool(0.1) {
+            let (shard_id, stream_id, move_id) = (shard.get(), stream.to_string(), *move_id);
+            self.must(Op::GiveUpShardMove(pb::GiveUpShardMove {
+                shard_id,
+                stream_id: stream_id.clone(),
+                move_id,
+                why: "a node does not answer".into(),
+            }));
+            self.must(Op::AbortShardMove(pb::AbortShardMove {
+                shard_id,
+                stream_id,
+                move_id,
+                why: "it is unsealed".into(),
+            }));
+        }
     }
 
     fn count(&mut self, what: String) {
@@ -279,6 +320,15 @@ impl World {
                 from,
                 ..
             } => {
+                let record = self.machine.group(*from).unwrap();
+                if let Some(away) = record.replicas.iter().find(|replica| !self.can_seal(replica)) {
+                    // Its death is not noticed yet: it is asked, and does not answer.
+                    let seen = self.seen.get(&NodeId::new(away.node_id)).copied().unwrap_or(0);
+                    return match self.now - seen <= LIVE_FOR_US {
+                        true => Ok(()),
+                        false => Err(format!("{action}: r{} cannot seal", away.replica_id)),
+                    };
+                }
                 let raft = self.rafts.get_mut(from).unwrap();
                 raft.index += 10;
                 let index = raft.index;

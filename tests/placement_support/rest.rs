@@ -102,7 +102,10 @@ impl World {
     }
 
     fn check_splits(&self, shape: &ClusterShape) -> Result<(), String> {
-        let healthy = |group: &GroupId| self.led(*group);
+        let healthy = |group: &GroupId| {
+            let record = self.machine.group(*group).unwrap();
+            self.led(*group) && record.replicas.iter().all(|replica| self.can_seal(replica))
+        };
         match shape.splits.iter().find(|split| healthy(&split.group)) {
             Some(split) => Err(format!(
                 "{} of {} is still in its pooled group",

@@ -53,6 +53,20 @@ async fn publish_in_heir(lab: &Lab, range: std::ops::Range<u64>) {
     }
 }
 
+/// Raises the floor of a group on a node, and waits until its log does not reach back behind it.
+async fn purge_to(lab: &Lab, at: usize, id: GroupId, floor: LogIndex) {
+    let (group, groups) = (lab.node(at).group(id), &lab.node(at).groups);
+    group.set_floor(floor);
+    for _ in 0..100 {
+        groups.purge_to_floors().await;
+        if !group.is_below_floor() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(!group.is_below_floor(), "{:?}", group.log().purged());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_adopts_when_its_own_copy_is_sealed() {
     let mut lab = Lab::new(3, Settings::default()).await;
@@ -105,6 +119,123 @@ async fn a_replica_adopts_when_its_own_copy_is_sealed() {
     lab.end().await;
 }
 
+/// The node that was away has the seal, and its log lacks what came after. The snapshot of the former group, from where the
+/// shard has been adopted, does not contain it; nor is a shard sent that is sealed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_the_former_group_leaves_what_is_sealed() {
+    let settings = Settings {
+        keep: mainstem::raft::LogKeep {
+            leader_bytes: 1,
+            follower_bytes: 1,
+        },
+        ..Settings::default()
+    };
+    let mut lab = Lab::new(3, settings).await;
+    lab.found(GROUP, 3).await;
+    lab.found(HEIR, 3).await;
+    lab.publish(GROUP, 0..20, 300).await;
+    let sealed = seal(&lab).await;
+    lab.converge(GROUP).await;
+    let leader = |group: GroupId| (0..3).find(|at| lab.node(*at).group(group).status().is_leader).unwrap();
+    let away = (0..3).find(|at| ![leader(GROUP), leader(HEIR)].contains(at)).unwrap();
+    lab.node(away).flush().await;
+    lab.kill(away).await;
+    adopt(&lab, sealed).await;
+    publish_in_heir(&lab, 20..30).await;
+    // The former group goes on with other things until its log does not reach back.
+    let other = mainstem::model::ShardId::new(999);
+    lab.propose(GROUP, create_shard(other)).await;
+    let last = lab
+        .node(lab.leader(GROUP).await)
+        .group(GROUP)
+        .status()
+        .last_log
+        .unwrap();
+    for at in (0..3).filter(|at| *at != away) {
+        purge_to(&lab, at, GROUP, last).await;
+    }
+    lab.start(away).await;
+    let start = async |group| {
+        let id = replica(group, away as u64 + 1);
+        let groups = &lab.node(away).groups;
+        groups.start_as(group, id, Origin::Restart).await.unwrap()
+    };
+    let former = start(GROUP).await;
+    until("it has taken a snapshot", || {
+        former.log().purged().is_some_and(|purged| purged.index >= last.get())
+    })
+    .await;
+    lab.holds(away, GROUP, 0..20);
+    drop((former, start(HEIR).await));
+    lab.converge(HEIR).await;
+    lab.converge(GROUP).await;
+    for at in 0..3 {
+        lab.holds(at, GROUP, 0..30);
+        let face = lab.node(at).groups.directory().get(SHARD).unwrap();
+        assert_eq!((face.group(), face.heir()), (HEIR, None), "node {at}");
+    }
+    lab.end().await;
+}
+
+/// A shard that went on to other nodes, and was sealed here while this node was away.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sealed_and_is_left_is_removed() {
+    let mut lab = Lab::new(1, Settings::default()).await;
+    lab.found(GROUP, 1).await;
+    let (other, groups) = (mainstem::model::ShardId::new(999), lab.node(0).groups.clone());
+    lab.propose(GROUP, create_shard(other)).await;
+    lab.publish(GROUP, 0..20, 300).await;
+    let start = async || {
+        let id = replica(GROUP, 1);
+        groups.start_as(GROUP, id, Origin::Restart).await.unwrap();
+    };
+    // One that is open is not touched.
+    groups.drop_sealed(GROUP, SHARD).await.unwrap();
+    start().await;
+    lab.converge(GROUP).await;
+    lab.holds(0, GROUP, 0..20);
+    seal(&lab).await;
+    groups.drop_sealed(GROUP, SHARD).await.unwrap();
+    for _ in 0..2 {
+        start().await;
+        lab.converge(GROUP).await;
+        assert!(groups.directory().get(SHARD).is_none());
+        assert!(groups.directory().get(other).is_some());
+        let (_, late) = lab.propose(GROUP, publish(SHARD, 99, 300)).await;
+        assert!(matches!(late, Applied::Command(GroupOutcome::NoShard)), "{late:?}");
+        groups.stop(GROUP).await;
+    }
+    drop(groups);
+    lab.end().await;
+}
+
+/// While a shard of it is sealed and not adopted, a group's state is given to nobody; afterwards it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sealed_shard_is_not_sent() {
+    let mut lab = Lab::new(1, Settings::default()).await;
+    lab.found(GROUP, 1).await;
+    lab.found(HEIR, 1).await;
+    lab.publish(GROUP, 0..20, 300).await;
+    let sealed = seal(&lab).await;
+    let new = lab.add().await;
+    let learner = replica(GROUP, new as u64 + 1);
+    let groups = lab.node(new).groups.clone();
+    let floor = LogIndex::new(sealed.index);
+    let joined = groups.start_at(GROUP, learner, Origin::Join, floor).await.unwrap();
+    let leader = lab.node(0).group(GROUP);
+    purge_to(&lab, 0, GROUP, floor).await;
+    leader.add_learner(learner).await.unwrap();
+    let early = leader.wait_caught_up(learner, std::time::Duration::from_secs(1)).await;
+    assert!(early.is_err(), "it has got a shard that is sealed");
+    assert_eq!(joined.status().last_applied, None);
+    adopt(&lab, sealed).await;
+    leader.wait_caught_up(learner, PATIENCE).await.unwrap();
+    lab.converge(GROUP).await;
+    assert!(lab.node(new).groups.directory().get(SHARD).is_none());
+    drop((leader, joined));
+    lab.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_replica_begins_with_entries_below_the_floor() {
     let mut lab = Lab::new(1, Settings::default()).await;
@@ -125,15 +256,7 @@ async fn no_replica_begins_with_entries_below_the_floor() {
     publish_in_heir(&lab, 30..40).await;
     leader.set_floor(floor);
     assert!(leader.is_below_floor());
-    let groups = lab.node(0).groups.clone();
-    for _ in 0..100 {
-        groups.purge_to_floors().await;
-        if !leader.is_below_floor() {
-            break;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-    assert!(!leader.is_below_floor(), "{:?}", leader.log().purged());
+    purge_to(&lab, 0, HEIR, floor).await;
     leader.wait_caught_up(learner, PATIENCE).await.unwrap();
     lab.converge(HEIR).await;
     lab.holds(new, GROUP, 0..40);

@@ -7,26 +7,19 @@ mod flow;
 mod harness;
 
 use std::collections::BTreeMap;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flow::{Flow, Seen, client, publish};
-use harness::{Cluster, Node, Options, PATIENCE, until};
+use harness::{Cluster, Node, Options, PATIENCE, cli, until};
 use mainstem::client::proto::{GetReportResponse, NodeState, ReplicaState, StreamSpec};
 use mainstem::client::{Client, Target};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 fn command(node: &Node, line: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mainstem"));
-    command
-        .args(line.split(' '))
-        .env("MAINSTEM_SERVER", node.client_addr())
-        .env_remove("MAINSTEM_CONTEXT")
-        .env("XDG_CONFIG_HOME", node.place())
-        .stdin(Stdio::null());
-    command
+    cli(&node.client_addr(), node.place(), line)
 }
 
 /// Runs the command line beside everything else.
@@ -135,6 +128,47 @@ async fn a_streams_replicas_are_changed_while_it_is_published_to() {
     for node in &cluster.nodes {
         assert!(!node.has_logged(&["that no stream names"]), "{}", node.log());
     }
+}
+
+/// A shard leaves its group only while every replica is there to seal it. One that falls silent before is noticed, the move is
+/// given up, and goes its way when the node is back; nobody who publishes waits for any of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_does_not_move_while_a_node_is_away() {
+    let mut cluster = Cluster::start(3, Options::plain()).await;
+    let client = client(&cluster);
+    create(&client, "pooled", 1, 3, false).await;
+    let flow = Flow::start(&cluster, "pooled", 0);
+    flow.goes_on(50).await;
+    let report = client.cluster_report(Some("pooled"), Vec::new()).await.unwrap();
+    let led_by = report.groups[0].leader_node.unwrap();
+    let silent = (0..3).rev().find(|i| *i as u64 + 1 != led_by).unwrap();
+    let asked = (0..3).find(|i| *i != silent).unwrap();
+    cluster.pause(silent);
+    let out = run(&cluster[asked], "stream edit pooled --replicas 1 --within 1s").await;
+    assert!(!out.status.success(), "a replica is silent");
+    until("the move is given up", async || {
+        cluster
+            .nodes
+            .iter()
+            .any(|node| node.has_logged(&["the shard does not move"]))
+    })
+    .await;
+    until("the plan tells what it waits for", async || {
+        let plan = client.plan().await.unwrap();
+        let blocked: Vec<_> = plan.actions.iter().map(|action| action.blocked_by.clone()).collect();
+        blocked
+            .iter()
+            .any(|why| why.contains("while every replica of it is there"))
+    })
+    .await;
+    flow.goes_on(50).await;
+    let longest = flow.longest();
+    assert!(longest < Duration::from_secs(3), "a publish took {longest:?}");
+    cluster.resume(silent);
+    let said = well(&cluster[asked], "stream edit pooled --replicas 1 --within 120s").await;
+    assert!(said.contains("replicas are in place"), "{said}");
+    flow.goes_on(50).await;
+    flow.end(&cluster[asked]).await;
 }
 
 /// A node that gave a replica away may get one of the same group again, under another id.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mainstem::base::RetryClass;
-use mainstem::model::{GroupId, ReplicaId, Sequence, ShardId};
+use mainstem::model::{GroupId, LogIndex, ReplicaId, Sequence, ShardId};
 use mainstem::raft::{Applied, Group, Groups, ProposeError};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -24,6 +24,8 @@ pub enum Ask {
     AddLearner(ReplicaId),
     Change(BTreeSet<ReplicaId>),
     HandOver(ReplicaId),
+    /// Apply so much, and flush.
+    Flush(LogIndex),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -74,7 +76,20 @@ async fn answer(group: &Group, groups: &Groups, ask: Ask) -> Told {
         Ask::Read(shard) => read(group, groups, shard).await.unwrap_or_else(failed),
         Ask::AddLearner(replica) => done(group.add_learner(replica).await),
         Ask::Change(voters) => done(group.change_membership(voters).await),
+        Ask::Flush(index) => flush(group, groups, index).await,
         Ask::HandOver(to) => done(group.transfer_leader(to, PATIENCE).await),
+    }
+}
+
+/// As the control plane does it (`control/executor/moves`).
+async fn flush(group: &Group, groups: &Groups, index: LogIndex) -> Told {
+    if !group.wait_applied(index, PATIENCE).await {
+        return failed("it has not applied so much");
+    }
+    match groups.state().flush() {
+        Ok(()) if groups.state().durable_applied(group.id) >= Some(index) => Told::Done,
+        Ok(()) => failed("not flushed so far"),
+        Err(e) => failed(e),
     }
 }
 

@@ -159,19 +159,16 @@ fn changing_groups() {
 }
 
 #[test]
-#[ignore = "seeds 2 and 6: a replica that took a snapshot of one group while a shard went on from it ends with a fault when it adopts the shard in the other"]
 fn moving_shards() {
     expect_good("moving_shards", &seeds(4));
 }
 
 #[test]
-#[ignore = "seeds 4 and 11: a replica that took a snapshot of one group while a shard went on from it ends with a fault when it adopts the shard in the other"]
 fn short_logs() {
     expect_good("short_logs", &seeds(4));
 }
 
 #[test]
-#[ignore = "seeds 1 and 8: a replica that took a snapshot of one group while a shard went on from it ends with a fault when it adopts the shard in the other"]
 fn moving_everything() {
     expect_good("moving_everything", &seeds(4));
 }

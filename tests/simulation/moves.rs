@@ -24,6 +24,8 @@ pub struct Catalog {
     pub floors: BTreeMap<GroupId, LogIndex>,
     /// How many there were.
     pub adoptions: u64,
+    /// Moves that were given up: leaders that do not know may still ask for them.
+    given_up: Vec<(ShardId, Moving)>,
     last_move: u64,
 }
 
@@ -40,6 +42,15 @@ pub struct Moving {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Step {
     Planned,
+    /// Sealed; nodes of this set (bit by number) have not said that they have applied it and flushed that.
+    Told {
+        seal: pb::Seal,
+        lacks: u64,
+        until: u64,
+    },
+    /// It is decided that the shard stays.
+    GivenUp,
+    /// It is decided that it goes.
     Sealed(pb::Seal),
     Adopted(pb::Seal),
 }
@@ -65,6 +76,13 @@ fn seal(shard: ShardId, moving: &Moving) -> Ask {
     Ask::Propose(command(Op::SealShard(pb::SealShard {
         shard_id: shard.get(),
         to_group: moving.to.get(),
+        move_id: moving.id,
+    })))
+}
+
+fn unseal(shard: ShardId, moving: &Moving) -> Ask {
+    Ask::Propose(command(Op::UnsealShard(pb::UnsealShard {
+        shard_id: shard.get(),
         move_id: moving.id,
     })))
 }
@@ -95,6 +113,63 @@ impl World {
                 Some(moving) => self.go_on(shard, moving)?,
             }
         }
+        self.ask_late()
+    }
+
+    /// A leader whose copy of the catalog is behind seals for a move that was given up long ago.
+    fn ask_late(&mut self) -> Verdict {
+        if self.catalog.given_up.is_empty() || !self.rng.one_in(10) {
+            return Ok(());
+        }
+        let (shard, moving) = *self.rng.pick(&self.catalog.given_up);
+        let Some(no) = self.leader(moving.from) else {
+            return Ok(());
+        };
+        self.note(format_args!("n{no} is asked late: {shard} move {}", moving.id));
+        self.ask(no, moving.from, seal(shard, &moving), Asker::LateSeal(shard, moving.id))
+            .map(drop)
+    }
+
+    /// It must be of no effect.
+    pub fn late_told(&mut self, shard: ShardId, move_id: u64, told: &Told) -> Verdict {
+        if let Told::Applied(index, _, Applied::Command(outcome)) = told
+            && matches!(outcome, GroupOutcome::Sealed { .. } | GroupOutcome::Adopted { .. })
+            && self.catalog.moving.get(&shard).is_none_or(|m| m.id != move_id)
+        {
+            let what = format!("{shard} move {move_id}, which was given up, #{index}: {outcome:?}");
+            return Err(broken("a seal that comes late is of no effect", what));
+        }
+        Ok(())
+    }
+
+    /// A node has said whether it has applied and flushed the seal.
+    pub fn flush_told(&mut self, shard: ShardId, move_id: u64, no: NodeNo, told: &Told) {
+        if let Some(moving) = self.catalog.moving.get_mut(&shard).filter(|m| m.id == move_id)
+            && let Step::Told { lacks, .. } = &mut moving.step
+            && *told == Told::Done
+        {
+            *lacks &= !(1 << no);
+        }
+    }
+
+    /// Decides whether the shard goes: when every node has its seal.
+    fn decide(&mut self, shard: ShardId, moving: Moving, seal: pb::Seal, lacks: u64, until: u64) -> Verdict {
+        let step = match lacks {
+            0 => {
+                self.catalog.raise(moving.from, seal.index);
+                Step::Sealed(seal)
+            }
+            _ if self.now >= until => Step::GivenUp,
+            _ => {
+                for no in (1..=self.scene.nodes).filter(|no| lacks & (1 << no) != 0) {
+                    let ask = Ask::Flush(LogIndex::new(seal.index));
+                    self.ask(no, moving.from, ask, Asker::Flush(shard, moving.id, no))?;
+                }
+                return Ok(());
+            }
+        };
+        self.note(format_args!("{shard} move {}: {step:?}", moving.id));
+        self.catalog.moving.insert(shard, Moving { step, ..moving });
         Ok(())
     }
 
@@ -122,6 +197,8 @@ impl World {
         let heirs: Vec<GroupId> = (self.scene.groups.iter().map(|(group, _)| *group))
             .filter(|to| *to != from && !self.swaps.contains_key(to))
             .filter(|to| self.nodes_of(*to) == self.nodes_of(from))
+            // As the catalog has it: a group gives shards away or takes some.
+            .filter(|to| !(self.catalog.moving.values()).any(|m| m.to == from || m.from == *to))
             .collect();
         if heirs.is_empty() {
             return;
@@ -154,6 +231,10 @@ impl World {
                 }
                 (moving.from, seal(shard, &moving))
             }
+            Step::Told { seal, lacks, until } => return self.decide(shard, moving, seal, lacks, until),
+            // A leader whose copy of the catalog is behind seals once more.
+            Step::GivenUp if self.rng.one_in(3) => (moving.from, seal(shard, &moving)),
+            Step::GivenUp => (moving.from, unseal(shard, &moving)),
             Step::Sealed(sealed) => (moving.to, adopt(shard, &moving, sealed)),
             Step::Adopted(sealed) => {
                 if self.reaches_back(moving.from) || self.reaches_back(moving.to) {
@@ -217,10 +298,14 @@ impl World {
                 let acked = self.invariants.acked_stays.tail(shard);
                 if step == Step::Planned {
                     self.invariants.seal_before_adopt.sealed(shard, move_id, *tail, acked)?;
-                    self.catalog.raise(moving.from, *index);
-                    Step::Sealed(sealed)
+                    let nodes = self.nodes_of(moving.from);
+                    Step::Told {
+                        seal: sealed,
+                        lacks: nodes.iter().map(|no| 1u64 << no).sum(),
+                        until: self.now + self.rng.range(200, 2_000) * MS,
+                    }
                 } else {
-                    let (Step::Sealed(first) | Step::Adopted(first)) = step else {
+                    let (Step::Told { seal: first, .. } | Step::Sealed(first) | Step::Adopted(first)) = step else {
                         return Ok(());
                     };
                     if (first.tail, first.digest) != (sealed.tail, sealed.digest) {
@@ -229,6 +314,12 @@ impl World {
                     }
                     return Ok(());
                 }
+            }
+            (Step::GivenUp, Applied::Command(GroupOutcome::Unsealed)) => {
+                self.note(format_args!("{shard}: move {move_id} is over, it stays"));
+                self.catalog.given_up.push((shard, moving));
+                self.catalog.moving.remove(&shard);
+                return Ok(());
             }
             (Step::Sealed(sealed), Applied::Command(GroupOutcome::Adopted { tail, existed })) => {
                 if tail.get() < sealed.tail || (!existed && tail.get() != sealed.tail) {

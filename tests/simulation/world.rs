@@ -74,6 +74,10 @@ pub enum Asker {
     Emptied(ReplicaId),
     /// The step of a shard's move of this number.
     Move(ShardId, u64),
+    /// A seal for a move that was given up.
+    LateSeal(ShardId, u64),
+    /// Whether this node has applied and flushed the seal of that move.
+    Flush(ShardId, u64, NodeNo),
 }
 
 pub struct World {
@@ -483,6 +487,8 @@ impl World {
             }
             Asker::Emptied(replica) => self.emptied(replica, &told),
             Asker::Move(shard, id) => self.move_told(shard, id, &told)?,
+            Asker::LateSeal(shard, id) => self.late_told(shard, id, &told)?,
+            Asker::Flush(shard, id, no) => self.flush_told(shard, id, no, &told),
             Asker::Change(what) => self.note(format_args!("{what}: {}", brief(&told))),
         }
         Ok(())

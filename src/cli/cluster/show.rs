@@ -165,6 +165,7 @@ fn on_its_way(report: &GetReportResponse) -> Option<Table> {
                 "planned" => "to be sealed in the one group",
                 "sealed" => "to be adopted by the other group",
                 "adopted" => "to be forgotten by the former group",
+                "given up" => "stays where it is",
                 _ => "",
             }
             .to_owned(),

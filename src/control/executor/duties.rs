@@ -17,6 +17,7 @@ use super::TRANSFER;
 use crate::control::Control;
 use crate::control::meta::QUORUM_AGE;
 use crate::control::view::ShardOnItsWay;
+use crate::machine::placement::voters_of;
 use crate::model::{GroupId, ReplicaId};
 use crate::raft::{ChangeError, Group, Members, ProposeError};
 use crate::wire::internal as pb;
@@ -27,10 +28,11 @@ const LAG_MAX: u64 = 1_000;
 /// One that has not answered for so long does not.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// Looks without a change that tells of something.
-const LOOK: Duration = Duration::from_millis(300);
+pub(super) const LOOK: Duration = Duration::from_millis(300);
 /// A change of members that is not done in this time is looked at again.
 const CHANGE: Duration = Duration::from_secs(20);
-/// A joint change that cannot be made for so long, because a new replica does not answer, is given up.
+/// A joint change that cannot be made for so long, because a new replica does not answer, is given up; so is the move of a
+/// shard that cannot begin.
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// Orders that wait.
 const ORDERS_MAX: usize = 256;
@@ -38,13 +40,27 @@ const ORDERS_MAX: usize = 256;
 /// Orders of the meta group's leader for groups led here.
 #[derive(Default)]
 pub struct Orders {
-    /// Since when joint changes that are wanted cannot be made.
-    impossible: Mutex<HashMap<GroupId, Instant>>,
+    /// Since when joint changes that are wanted cannot be made (by epoch), or moves of shards begin (by their number). A group
+    /// never has both.
+    impossible: Mutex<HashMap<(GroupId, u64), Instant>>,
     waiting: Mutex<VecDeque<(GroupId, ReplicaId)>>,
     more: Notify,
 }
 
 impl Orders {
+    /// Whether something cannot be done, and could not for long.
+    pub(super) fn is_hopeless(&self, key: (GroupId, u64)) -> bool {
+        let mut impossible = self.impossible.lock();
+        // What a leader before has left behind is of no use.
+        impossible.retain(|(group, number), _| *group != key.0 || *number == key.1);
+        impossible.entry(key).or_insert_with(Instant::now).elapsed() >= GIVE_UP
+    }
+
+    /// It can be done, or is given up.
+    pub(super) fn possible(&self, key: (GroupId, u64)) {
+        self.impossible.lock().remove(&key);
+    }
+
     /// Lets the group be handed to a replica. What does not fit is ordered again in the next round.
     pub(super) fn transfer(&self, group: GroupId, to: ReplicaId) {
         let mut waiting = self.waiting.lock();
@@ -83,6 +99,8 @@ pub(super) enum Duty {
     Change(BTreeSet<ReplicaId>),
     HandOver(ReplicaId),
     Seal(ShardOnItsWay),
+    GiveUpMove(ShardOnItsWay, String),
+    Unseal(ShardOnItsWay),
     Adopt(ShardOnItsWay),
 }
 
@@ -154,12 +172,8 @@ fn data_duty(
     if !members.committed {
         return None;
     }
-    let voters: BTreeSet<ReplicaId> = record
-        .replicas
-        .iter()
-        .filter(|replica| replica.role() == pb::ReplicaRole::Voter)
-        .map(|replica| ReplicaId::new(replica.replica_id))
-        .collect();
+    let voters = voters_of(record).map(|replica| ReplicaId::new(replica.replica_id));
+    let voters: BTreeSet<ReplicaId> = voters.collect();
     if members.joint {
         return Some(Duty::Change(wanted_voters(record, &voters)));
     }
@@ -269,24 +283,22 @@ impl Control {
             tokio::time::sleep(LOOK).await;
             return Ok(());
         }
+        let key = (
+            group.id,
+            self.view.group_record(group.id).map_or(0, |record| record.epoch),
+        );
         let (members, current) = (group.members(), current(group));
         let reached = voters.intersection(&current).count();
         let ready = voters.difference(&members.voters).all(|id| current.contains(id)) && reached * 2 > voters.len();
         if ready {
-            self.orders.impossible.lock().remove(&group.id);
+            self.orders.possible(key);
             return group.change_membership(voters.clone()).await.map(drop);
         }
-        let since = *self
-            .orders
-            .impossible
-            .lock()
-            .entry(group.id)
-            .or_insert_with(Instant::now);
-        if since.elapsed() < GIVE_UP {
+        if !self.orders.is_hopeless(key) {
             tokio::time::sleep(LOOK).await;
             return Ok(());
         }
-        self.orders.impossible.lock().remove(&group.id);
+        self.orders.possible(key);
         let Some(record) = self.view.group_record(group.id) else {
             return Ok(());
         };
@@ -325,6 +337,11 @@ impl Control {
                 Duty::Change(voters) => self.change_voters(&group, voters).await,
                 Duty::HandOver(to) => group.transfer_leader(*to, TRANSFER).await,
                 Duty::Seal(on) => self.seal_shard(&group, on).await.map_err(|e| not_proposed(id, &e)),
+                Duty::GiveUpMove(on, why) => {
+                    self.give_move_up(&group, on, why.clone()).await;
+                    Ok(())
+                }
+                Duty::Unseal(on) => self.unseal_shard(&group, on).await.map_err(|e| not_proposed(id, &e)),
                 Duty::Adopt(on) => self.adopt_shard(&group, on).await.map_err(|e| not_proposed(id, &e)),
             }
         };

@@ -21,6 +21,7 @@ use super::meta::QUORUM_AGE;
 use super::placement::{Action, GroupReport, MetaReport, NodeReport, Reports, Step, plan};
 use super::view::ShardPlace;
 use crate::machine::MetaOutcome;
+use crate::machine::placement::is_lost;
 use crate::model::{GroupId, LogIndex, NodeId, ReplicaId, ShardId, StreamId, TimeUs};
 use crate::raft::Group;
 use crate::raft::transport::PeerMethod;
@@ -135,7 +136,7 @@ impl Control {
         let Some(peers) = &self.peers else { return };
         let ping = pb::NodePing {
             shards: asked.to_vec(),
-            orders: Vec::new(),
+            ..pb::NodePing::default()
         };
         let ping = bytes::Bytes::from(ping.encode_to_vec());
         let nodes: Vec<NodeId> = self
@@ -203,17 +204,11 @@ impl Control {
 
     /// Whether half or more of a group's voters were on nodes that were removed: it will never have a leader again.
     fn is_lost(&self, group: GroupId) -> bool {
-        let Some(record) = self.view.group_record(group) else {
-            return false;
+        let removed = |node: NodeId| {
+            let node = self.view.node(node);
+            node.is_some_and(|node| node.state() == pb::NodeState::Removed)
         };
-        let removed = |id: u64| {
-            let node = self.view.node(NodeId::new(id));
-            node.is_some_and(|n| n.state() == pb::NodeState::Removed)
-        };
-        let votes = |replica: &&pb::ReplicaRecord| replica.role() == pb::ReplicaRole::Voter;
-        let voters = || record.replicas.iter().filter(votes);
-        let gone = voters().filter(|replica| removed(replica.node_id)).count();
-        gone > 0 && gone * 2 >= voters().count()
+        (self.view.group_record(group)).is_some_and(|record| is_lost(&record, removed))
     }
 
     /// Streams of which every shard is there become active; those of which none is left are forgotten.
@@ -285,6 +280,7 @@ impl Control {
             | Step::SplitShard { .. }
             // The groups' leaders find these by themselves: see `duties.rs`.
             | Step::SealShard { .. }
+            | Step::UnsealShard { .. }
             | Step::AdoptShard { .. }
             | Step::FinishMove { .. }
             | Step::SetMetaVoters { .. }
@@ -305,11 +301,11 @@ impl Control {
             return;
         };
         let ping = pb::NodePing {
-            shards: Vec::new(),
             orders: vec![pb::LeaderOrder {
                 group_id: group.get(),
                 transfer_to: to.get(),
             }],
+            ..pb::NodePing::default()
         };
         let ping = bytes::Bytes::from(ping.encode_to_vec());
         let calls = place

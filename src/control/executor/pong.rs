@@ -16,6 +16,12 @@ const ORDER_HOLDS: Duration = Duration::from_secs(600);
 impl Control {
     /// The answer to a ping; its orders are begun.
     pub(in crate::control) async fn pong(&self, ping: &pb::NodePing) -> pb::NodePong {
+        if let Some(order) = &ping.flush {
+            return pb::NodePong {
+                flushed: self.flush(order).await,
+                ..pb::NodePong::default()
+            };
+        }
         for order in &ping.orders {
             self.obey(order);
         }

@@ -306,6 +306,7 @@ impl Operations {
                     pb::MoveStep::Planned => "planned",
                     pb::MoveStep::Sealed => "sealed",
                     pb::MoveStep::Adopted => "adopted",
+                    pb::MoveStep::GivenUp => "given up",
                 }
                 .to_owned(),
                 started_us: m.record.started_us,

@@ -49,6 +49,13 @@ pub enum Step {
         from: GroupId,
         to: GroupId,
     },
+    /// Propose `UnsealShard` in `group`, and report it: the move was given up.
+    UnsealShard {
+        stream: StreamId,
+        shard: ShardId,
+        move_id: u64,
+        group: GroupId,
+    },
     /// Propose `AdoptShard` in `to`, and report it.
     AdoptShard {
         stream: StreamId,
@@ -79,6 +86,7 @@ impl Step {
             Step::ChangeReplicas { group, .. }
             | Step::AbortChange { group, .. }
             | Step::TransferLeader { group, .. }
+            | Step::UnsealShard { group, .. }
             | Step::Hold { group } => Some(*group),
             Step::SplitShard { from, .. } | Step::SealShard { from, .. } => Some(*from),
             Step::AdoptShard { to, .. } => Some(*to),
@@ -130,7 +138,11 @@ impl Step {
                 node_id: node.get(),
                 replica_id: replica.get(),
             })),
-            Step::TransferLeader { .. } | Step::SealShard { .. } | Step::AdoptShard { .. } | Step::Hold { .. } => None,
+            Step::TransferLeader { .. }
+            | Step::SealShard { .. }
+            | Step::UnsealShard { .. }
+            | Step::AdoptShard { .. }
+            | Step::Hold { .. } => None,
         }
     }
 }
@@ -156,6 +168,7 @@ impl fmt::Display for Step {
             Step::TransferLeader { group, from, to } => write!(f, "{group}: hand leadership from {from} to {to}"),
             Step::SplitShard { shard, from, .. } => write!(f, "{shard}: split out of {from}"),
             Step::SealShard { shard, from, .. } => write!(f, "{shard}: seal in {from}"),
+            Step::UnsealShard { shard, group, .. } => write!(f, "{shard}: unseal in {group}"),
             Step::AdoptShard { shard, to, .. } => write!(f, "{shard}: adopt in {to}"),
             Step::FinishMove { shard, .. } => write!(f, "{shard}: the move is over"),
             Step::SetMetaVoters { voters, .. } => write!(f, "meta group: let {} vote", list(voters)),

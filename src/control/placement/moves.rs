@@ -2,9 +2,9 @@
 //! group because their stream wants other replicas.
 
 use super::{Planner, Step};
-use crate::machine::placement::MoveShape;
+use crate::machine::placement::{GroupShape, MoveShape, ReplicaShape};
 use crate::model::{GroupId, LogIndex};
-use crate::wire::internal::v1::{ChangeReason, MoveStep};
+use crate::wire::internal::v1::{ChangeReason, MoveStep, NodeState};
 
 /// Shards on their way at a time: each keeps two groups from changing.
 const MOVES_MAX: usize = 8;
@@ -44,6 +44,15 @@ impl Planner<'_> {
                 let step = Step::FinishMove { stream, shard, move_id };
                 (step, self.reaches_back(from).or_else(|| self.reaches_back(to)))
             }
+            (MoveStep::GivenUp, _) => {
+                let step = Step::UnsealShard {
+                    stream,
+                    shard,
+                    move_id,
+                    group: from,
+                };
+                (step, self.no_leader(from))
+            }
             (MoveStep::Planned | MoveStep::Sealed | MoveStep::Unspecified, _) => {
                 let step = Step::SealShard {
                     stream,
@@ -56,9 +65,27 @@ impl Planner<'_> {
                 let formed = self.view.groups.get(&to).is_some_and(|group| group.formed);
                 let blocked = (!formed).then(|| format!("{to} is not formed yet"));
                 let blocked = blocked.or_else(|| self.no_leader(to)).or_else(|| self.no_leader(from));
+                let blocked = blocked.or_else(|| self.one_away(self.view.groups.get(&from)?));
                 (step, blocked)
             }
         }
+    }
+
+    /// A replica that cannot say now that it has applied the seal. All must, but those of nodes that never come back.
+    fn one_away(&self, group: &GroupShape) -> Option<String> {
+        let told = self.reports.groups.get(&group.id);
+        let away = |replica: &&ReplicaShape| {
+            let runs = self.is_live(replica.node) && !self.reports.is_damaged(replica.node, replica.id);
+            let current = told.is_some_and(|told| told.current.contains(&replica.id));
+            self.state(replica.node) != NodeState::Removed && !(runs && current)
+        };
+        let away = group.replicas.iter().find(away)?;
+        Some(format!(
+            "a shard leaves {} while every replica of it is there, and that on {} is not, or is behind: start \
+             the node, or remove it if it never comes back",
+            group.id,
+            self.name(away.node)
+        ))
     }
 
     fn no_leader(&self, group: GroupId) -> Option<String> {
@@ -111,7 +138,7 @@ impl Planner<'_> {
             } else if under_way >= MOVES_MAX {
                 Some(format!("{under_way} shards are on their way already"))
             } else {
-                self.standing(group).obstacle()
+                self.standing(group).obstacle().or_else(|| self.one_away(group))
             };
             match blocked {
                 Some(blocked) => self.blocked(step, why, blocked),

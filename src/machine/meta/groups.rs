@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{MetaMachine, MetaOutcome, MetaRefusal};
+use crate::machine::placement::voters_of;
 use crate::machine::port::ShardSink;
 use crate::model::limits::REPLICAS_MAX;
 use crate::model::{GroupId, NodeId};
@@ -21,9 +22,7 @@ fn set(ids: &[u64]) -> BTreeSet<u64> {
 }
 
 fn voters(group: &pb::GroupRecord) -> BTreeSet<u64> {
-    let votes = |replica: &&pb::ReplicaRecord| replica.role() == ReplicaRole::Voter;
-    let voters = group.replicas.iter().filter(votes);
-    voters.map(|replica| replica.replica_id).collect()
+    voters_of(group).map(|replica| replica.replica_id).collect()
 }
 
 fn text(ids: &BTreeSet<u64>) -> String {

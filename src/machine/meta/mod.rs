@@ -10,7 +10,7 @@ mod requests;
 mod streams;
 mod subjects;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use prost::Message;
@@ -44,7 +44,7 @@ pub struct MetaMachine {
     /// Index: their subjects, by namespace.
     subjects: BTreeMap<String, SubjectIndex>,
     /// Index: shards on their way, by each of the two groups.
-    moves: BTreeMap<GroupId, BTreeSet<ShardId>>,
+    moves: BTreeMap<GroupId, BTreeMap<ShardId, pb::ShardMove>>,
 }
 
 /// Parses the filters of a spec; none that is normalised fails.
@@ -214,6 +214,7 @@ impl MetaMachine {
             Op::ShardAdopted(adopted) => self.shard_adopted(sink, adopted),
             Op::ShardMoveDone(done) => self.shard_move_done(sink, done),
             Op::AbortShardMove(abort) => self.abort_shard_move(sink, abort),
+            Op::GiveUpShardMove(up) => self.give_up_shard_move(sink, up),
             Op::CreateStream(create) => self.create_stream(sink, time_us, create),
             Op::ActivateStream(activate) => self.activate_stream(sink, activate),
             Op::UpdateStream(update) => self.update_stream(sink, update),

@@ -1,7 +1,7 @@
 //! A shard goes from one group to another on the same nodes: planned, sealed, adopted, done. At each moment one group
 //! owns it: `group_id` of its placement. See docs/decisions/0004.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::place::new_replicas;
@@ -17,6 +17,13 @@ fn bad(why: impl Into<String>) -> MetaRefusal {
     MetaRefusal::BadChange { why: why.into() }
 }
 
+fn only_on(shard: u64, moving: &pb::ShardMove) -> MetaRefusal {
+    bad(format!(
+        "shard {shard} is sealed: it can only go on to group {}",
+        moving.to_group
+    ))
+}
+
 fn nodes(group: &pb::GroupRecord) -> BTreeSet<u64> {
     group.replicas.iter().map(|replica| replica.node_id).collect()
 }
@@ -24,14 +31,17 @@ fn nodes(group: &pb::GroupRecord) -> BTreeSet<u64> {
 impl MetaMachine {
     /// A shard that is on its way from or to this group.
     pub(super) fn move_of(&self, group: GroupId) -> Option<ShardId> {
-        self.moves.get(&group)?.first().copied()
+        self.moves.get(&group)?.keys().next().copied()
     }
 
     /// The index of moves, from a stream's record.
     pub(super) fn index_moves(&mut self, stream: &pb::StreamRecord) {
         for (shard, moving) in moves(stream) {
             for group in [moving.from_group, moving.to_group] {
-                self.moves.entry(GroupId::new(group)).or_default().insert(shard);
+                self.moves
+                    .entry(GroupId::new(group))
+                    .or_default()
+                    .insert(shard, *moving);
             }
         }
     }
@@ -111,10 +121,12 @@ impl MetaMachine {
         }
         let from = self.known_group(stream.shards[at].group_id)?;
         self.may_move(&from)?;
+        self.ends_moves(&from, |moving| moving.to_group == from.group_id)?;
         let to = match plan.to_group {
             Some(to) => {
                 let to = self.known_group(to)?;
                 self.may_move(&to)?;
+                self.ends_moves(&to, |moving| moving.from_group == to.group_id)?;
                 if to.group_id == from.group_id || nodes(&to) != nodes(&from) {
                     return Err(bad(format!(
                         "a shard moves between two groups on the same nodes; {} is on {:?}, {} on {:?}",
@@ -168,11 +180,30 @@ impl MetaMachine {
         Ok(())
     }
 
+    /// A group gives shards away or takes some, never both at a time: where its state cannot be sent to another replica
+    /// because of one that leaves it, the heir's can.
+    fn ends_moves(&self, group: &pb::GroupRecord, begins: impl Fn(&pb::ShardMove) -> bool) -> Result<(), MetaRefusal> {
+        let on_their_way = self.moves.get(&GroupId::new(group.group_id)).into_iter();
+        let mut moves = on_their_way.flat_map(BTreeMap::values);
+        match moves.find(|moving| begins(moving)) {
+            None => Ok(()),
+            Some(moving) => Err(MetaRefusal::InFlight {
+                what: format!(
+                    "a shard is on its way from group {} to group {}",
+                    moving.from_group, moving.to_group
+                ),
+            }),
+        }
+    }
+
     pub(super) fn shard_sealed(&mut self, sink: &mut dyn ShardSink, sealed: &pb::ShardSealed) -> Outcome {
         let (stream, at, mut moving) = self.moving(&sealed.stream_id, sealed.shard_id, sealed.move_id)?;
         let seal = sealed.seal.as_ref().ok_or_else(|| bad("there is no seal"))?;
         match moving.step() {
             MoveStep::Planned => {}
+            MoveStep::GivenUp => {
+                return Err(bad(format!("the move of shard {} was given up", sealed.shard_id)));
+            }
             MoveStep::Sealed | MoveStep::Adopted if moving.seal.as_ref() == Some(seal) => {
                 return Ok(MetaOutcome::ShardMoving(Arc::new(stream)));
             }
@@ -195,8 +226,12 @@ impl MetaMachine {
         let (mut stream, at, mut moving) = self.moving(&adopted.stream_id, adopted.shard_id, adopted.move_id)?;
         match moving.step() {
             MoveStep::Sealed => {}
-            MoveStep::Adopted => return Ok(MetaOutcome::ShardMoving(Arc::new(stream))),
-            MoveStep::Planned | MoveStep::Unspecified => {
+            MoveStep::Adopted => {
+                // The entry of another leader is of no effect, but it is in the log all the same.
+                self.raise_log_floor(sink, moving.to_group, adopted.index)?;
+                return Ok(MetaOutcome::ShardMoving(Arc::new(stream)));
+            }
+            MoveStep::Planned | MoveStep::GivenUp | MoveStep::Unspecified => {
                 return Err(bad(format!(
                     "shard {} is not sealed: seal before adopt",
                     adopted.shard_id
@@ -234,14 +269,30 @@ impl MetaMachine {
         })
     }
 
-    /// The shard stays where it is: it was not sealed, and whoever says so sees to it that it will not be.
+    /// The shard stays where it is, and no seal of this move is told any more.
+    pub(super) fn give_up_shard_move(&mut self, sink: &mut dyn ShardSink, up: &pb::GiveUpShardMove) -> Outcome {
+        let (stream, at, mut moving) = self.moving(&up.stream_id, up.shard_id, up.move_id)?;
+        match moving.step() {
+            MoveStep::Planned => {}
+            MoveStep::GivenUp => return Ok(MetaOutcome::ShardMoving(Arc::new(stream))),
+            MoveStep::Sealed | MoveStep::Adopted | MoveStep::Unspecified => {
+                return Err(only_on(up.shard_id, &moving));
+            }
+        }
+        moving.step = MoveStep::GivenUp as i32;
+        let stream = self.put_move(sink, stream, at, Some(moving));
+        self.raise_revision(sink);
+        Ok(MetaOutcome::ShardMoving(stream))
+    }
+
+    /// The shard stays where it is: it is not sealed, and whoever says so sees to it that it will not be.
     pub(super) fn abort_shard_move(&mut self, sink: &mut dyn ShardSink, abort: &pb::AbortShardMove) -> Outcome {
         let (stream, at, moving) = self.moving(&abort.stream_id, abort.shard_id, abort.move_id)?;
-        if moving.step() != MoveStep::Planned {
-            return Err(bad(format!(
-                "shard {} is sealed: it can only go on to group {}",
-                abort.shard_id, moving.to_group
-            )));
+        match moving.step() {
+            MoveStep::Planned | MoveStep::GivenUp => {}
+            MoveStep::Sealed | MoveStep::Adopted | MoveStep::Unspecified => {
+                return Err(only_on(abort.shard_id, &moving));
+            }
         }
         let stream = self.put_move(sink, stream, at, None);
         let to = GroupId::new(moving.to_group);

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use super::{FIRST_META_REPLICA, MetaMachine, MetaOutcome, MetaRefusal};
+use crate::machine::placement::voters_of;
 use crate::machine::port::{MetaKind, ShardSink};
 use crate::model::limits::{META_VOTERS_MAX, NODES_MAX, NODES_REMEMBERED_MAX, PLACEMENT_TAGS_MAX};
 use crate::model::{GroupId, NodeId};
-use crate::wire::internal::v1::{self as pb, NodeState, ReplicaRole};
+use crate::wire::internal::v1::{self as pb, NodeState};
 use crate::wire::spec;
 
 type Outcome = Result<MetaOutcome, MetaRefusal>;
@@ -327,12 +328,7 @@ impl MetaMachine {
                 continue;
             }
             held += 1;
-            let voters = || {
-                group
-                    .replicas
-                    .iter()
-                    .filter(|replica| replica.role() == ReplicaRole::Voter)
-            };
+            let voters = || voters_of(group);
             let reached = |replica: &&pb::ReplicaRecord| {
                 let id = replica.node_id;
                 let known = self.nodes.get(&NodeId::new(id));

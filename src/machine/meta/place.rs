@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{MetaMachine, MetaRefusal};
-use crate::machine::placement::{NodeShape, Nodes, Request, place, wanted_replicas};
+use crate::machine::placement::{NodeShape, Nodes, Request, is_lost, place, voters_of, wanted_replicas};
 use crate::machine::port::{MetaKind, ShardSink};
 use crate::model::{GroupId, NodeId};
-use crate::wire::internal::v1::{self as pb, NodeState, ReplicaRole};
+use crate::wire::internal::v1::{self as pb, NodeState};
 use crate::wire::v1::StreamSpec;
 
 impl MetaMachine {
@@ -119,12 +119,10 @@ impl MetaMachine {
 
     /// Whether a group can never have a quorum again: most of its voters were on nodes that were removed.
     fn is_lost(&self, group: &pb::GroupRecord) -> bool {
-        let voters = || group.replicas.iter().filter(|r| r.role() == ReplicaRole::Voter);
-        let present = voters().filter(|replica| {
-            let node = self.nodes.get(&NodeId::new(replica.node_id));
-            node.is_some_and(|node| node.state() != NodeState::Removed)
-        });
-        voters().count() > 0 && present.count() <= voters().count() / 2
+        is_lost(group, |node| {
+            let node = self.nodes.get(&node);
+            node.is_none_or(|node| node.state() == NodeState::Removed)
+        })
     }
 
     /// Pooled groups that were lost while they held no shard are given up. Those for streams of one replica get a successor
@@ -217,17 +215,11 @@ impl Maker<'_> {
     }
 
     fn has_quorum(&self, group: &pb::GroupRecord) -> bool {
-        let voters = || {
-            group
-                .replicas
-                .iter()
-                .filter(|replica| replica.role() == ReplicaRole::Voter)
-        };
-        let live = voters().filter(|replica| {
+        let live = voters_of(group).filter(|replica| {
             let node = self.machine.nodes.get(&NodeId::new(replica.node_id));
             !self.unreachable.contains(&replica.node_id) && node.is_some_and(|node| node.state() != NodeState::Removed)
         });
-        live.count() > voters().count() / 2
+        live.count() > voters_of(group).count() / 2
     }
 
     /// A new group on the nodes that suit best.

@@ -187,7 +187,8 @@ pub(super) fn digest(op: &pb::meta_command::Op) -> u64 {
         | Op::ShardSealed(_)
         | Op::ShardAdopted(_)
         | Op::ShardMoveDone(_)
-        | Op::AbortShardMove(_) => {
+        | Op::AbortShardMove(_)
+        | Op::GiveUpShardMove(_) => {
             let mut bytes = Vec::new();
             op.encode(&mut bytes);
             return xxhash_rust::xxh3::xxh3_64(&bytes);

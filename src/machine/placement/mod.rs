@@ -8,4 +8,5 @@ pub use choose::{Choice, Request, Verdict, VerdictKind, place};
 pub(in crate::machine) use shape::wanted_replicas;
 pub use shape::{
     ChangeShape, ClusterShape, GroupShape, MetaShape, MoveShape, NodeShape, Nodes, ReplicaShape, Settings, SplitShape,
+    is_lost, voters_of,
 };

@@ -150,6 +150,19 @@ impl GroupShape {
     }
 }
 
+/// Those of a group's replicas that vote.
+pub fn voters_of(record: &pb::GroupRecord) -> impl Iterator<Item = &pb::ReplicaRecord> {
+    let votes = |replica: &&pb::ReplicaRecord| replica.role() == ReplicaRole::Voter;
+    record.replicas.iter().filter(votes)
+}
+
+/// Whether a group can never have a quorum again: half or more of its voters were on nodes that are gone for good.
+pub fn is_lost(record: &pb::GroupRecord, is_gone: impl Fn(NodeId) -> bool) -> bool {
+    let voters = voters_of(record).count();
+    let gone = voters_of(record).filter(|replica| is_gone(NodeId::new(replica.node_id)));
+    voters > 0 && gone.count() * 2 >= voters
+}
+
 /// So many voters a group shall have.
 pub(in crate::machine) fn wanted_replicas(record: &pb::GroupRecord) -> u32 {
     match record.replica_count {

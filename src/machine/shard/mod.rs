@@ -88,6 +88,8 @@ pub struct ShardMachine {
     seal: Option<pb::ShardSeal>,
     /// Where it came from.
     origin: Option<pb::ShardOrigin>,
+    /// Seals of moves up to this one are of no effect; 0: of none.
+    given_up: u64,
     /// Cache: the batch that holds the floor.
     head: Option<Head>,
     /// What the apply at hand has written: a view need not show it yet. Empty between applies.
@@ -122,6 +124,7 @@ impl ShardMachine {
             producers: Producers::default(),
             seal: None,
             origin: None,
+            given_up: 0,
             head: None,
             written: Written::default(),
         };
@@ -165,6 +168,7 @@ impl ShardMachine {
             producers: Producers::load(producers)?,
             seal: record.seal,
             origin: record.origin,
+            given_up: record.given_up,
             head: None,
             written: Written::default(),
             config,
@@ -388,6 +392,7 @@ impl ShardMachine {
             first_time_us: self.first_time.map(TimeUs::get),
             seal: self.seal,
             origin: self.origin,
+            given_up: self.given_up,
         }
     }
 }

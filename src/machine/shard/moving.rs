@@ -58,18 +58,46 @@ impl ShardMachine {
         hash.digest()
     }
 
-    /// From here on nothing changes in this group.
-    pub fn apply_seal(&mut self, sink: &mut dyn ShardSink, to: GroupId, move_id: u64) {
+    /// From here on nothing changes in this group. False: the move was given up, and nothing was done.
+    pub fn apply_seal(&mut self, sink: &mut dyn ShardSink, to: GroupId, move_id: u64) -> bool {
+        if move_id <= self.given_up {
+            return false;
+        }
         self.seal = Some(pb::ShardSeal {
             to_group: to.get(),
             move_id,
         });
         self.write(sink);
+        true
     }
 
-    /// Whether this replica's copy is of a time behind the adoption: another group's replica here was brought up to date by
-    /// a snapshot, in which the shard had come back by a later move, while this group's log is behind. What is left of it
-    /// there is of no effect.
+    /// The move is given up: whether it was sealed for it or not, it is open now, and a seal that comes late is of no effect.
+    pub fn apply_unseal(&mut self, sink: &mut dyn ShardSink, move_id: u64) {
+        self.seal = self.seal.take().filter(|seal| seal.move_id > move_id);
+        self.given_up = self.given_up.max(move_id);
+        self.write(sink);
+    }
+
+    /// The group that a shard is sealed for, by its record; one that cannot be read is for nobody.
+    pub fn heir_in(record: &[u8]) -> Option<GroupId> {
+        let seal = pb::ShardRecord::decode(record).ok()?.seal?;
+        Some(GroupId::new(seal.to_group))
+    }
+
+    /// Whether the shard is here as its former group has left it for this move, or was adopted by it already.
+    pub fn is_adoptable(view: &dyn ShardView, adopt: &pb::AdoptShard) -> Result<bool, ViewError> {
+        let Some(found) = view.shard_state(ShardId::new(adopt.shard_id))? else {
+            return Ok(false);
+        };
+        let Ok(record) = pb::ShardRecord::decode(found.record) else {
+            return Ok(false);
+        };
+        let sealed = record.seal.is_some_and(|seal| seal.move_id == adopt.move_id);
+        let adopted = record.origin.is_some_and(|origin| origin.move_id >= adopt.move_id);
+        Ok(adopted || (sealed && found.group.get() == adopt.from_group))
+    }
+
+    /// Whether the shard has gone on since: the entry is that of a leader that did not know.
     pub fn went_on(view: &dyn ShardView, adopt: &pb::AdoptShard) -> Result<bool, ViewError> {
         let found = view.shard_state(ShardId::new(adopt.shard_id))?;
         // One that cannot be read is found by the adoption itself.

@@ -83,6 +83,9 @@ impl PeerConnection {
         let Content::Pinned(pin) = snapshot.snapshot.content else {
             return Err("the snapshot has no view of the state".into());
         };
+        if let Some(why) = pin.held_by() {
+            return Err(why);
+        }
         let last = snapshot.meta.last_log_id.ok_or("the snapshot is empty")?;
         if pin.marker.applied != Some(last) {
             return Err(format!("the state is not at {last} yet"));

@@ -1,7 +1,7 @@
 //! Receiving in several attempts, on top of what is there: whatever comes between, the result is the sender's state.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rand::rngs::StdRng;
@@ -202,7 +202,9 @@ fn complete(staging: Staging) -> StagedGroup {
 
 fn install(to: &Store, staged: StagedGroup, applied: usize) {
     let index = LogIndex::new(applied as u64);
-    to.state().install_group(staged, index, b"marker").unwrap();
+    to.state()
+        .install_group(staged, &BTreeSet::new(), index, b"marker")
+        .unwrap();
 }
 
 fn total(store: &Store) -> u64 {
@@ -461,7 +463,7 @@ fn whatever_comes_between_the_result_is_the_senders_state() {
                 install(&to, staged, all);
             } else {
                 let steps = rng.random_range(0..=INSTALL_STEPS);
-                crash_in_install(to, staged, LogIndex::new(all as u64), steps);
+                crash_in_install(to, staged, &BTreeSet::new(), LogIndex::new(all as u64), steps);
                 to = open(dirs[1].path());
                 if steps == 0 {
                     let index = to.state().applied(GROUP).unwrap().map_or(0, |(i, _)| i.get() as usize);

@@ -14,11 +14,13 @@ use super::{Verdict, Violation, broken};
 const NAME: &str = "seal before adopt";
 
 /// From when on a group has a shard: the entry that created or adopted it, and until when: its seal.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Term {
     group: GroupId,
     from: u64,
     until: Option<u64>,
+    /// Entries between a seal and what undid it, both without.
+    shut: Vec<(u64, u64)>,
 }
 
 /// A seal that was committed.
@@ -29,6 +31,8 @@ struct Seal {
     index: u64,
     /// Once anybody has told it.
     tail: Option<Sequence>,
+    /// The move was given up.
+    undone: bool,
 }
 
 #[derive(Debug, Default)]
@@ -36,6 +40,8 @@ struct Shard {
     /// By the move that began it, in order; 0: where it was created.
     terms: BTreeMap<u64, Term>,
     seals: BTreeMap<u64, Seal>,
+    /// Moves up to this one were given up.
+    given_up: u64,
 }
 
 #[derive(Default)]
@@ -57,8 +63,9 @@ impl SealBeforeAdopt {
     ) -> Verdict {
         if let Some(Op::AdoptShard(adopt)) = &command.op {
             let (from, seal) = (GroupId::new(adopt.from_group), adopt.seal.unwrap_or_default());
-            if own(from) < seal.index {
-                let has = own(from);
+            let has = own(from);
+            // Of a group whose replica here was removed nothing is left but what it had sealed for this one.
+            if has > 0 && has < seal.index {
                 return Err(broken(
                     NAME,
                     format!(
@@ -79,12 +86,14 @@ impl SealBeforeAdopt {
                     group,
                     from: index,
                     until: None,
+                    shut: Vec::new(),
                 };
                 let shard = self.shards.entry(ShardId::new(create.shard_id)).or_default();
                 shard.terms.entry(0).or_insert(term);
                 Ok(())
             }
             Some(Op::SealShard(seal)) => self.seals(group, index, seal),
+            Some(Op::UnsealShard(unseal)) => self.unseals(group, index, unseal),
             Some(Op::AdoptShard(adopt)) => self.adopts(group, index, adopt),
             _ => Ok(()),
         }
@@ -94,6 +103,9 @@ impl SealBeforeAdopt {
         let Some(shard) = self.shards.get_mut(&ShardId::new(seal.shard_id)) else {
             return Ok(());
         };
+        if seal.move_id <= shard.given_up {
+            return Ok(());
+        }
         // Of one that is not open here it is of no effect: it was sealed before.
         let open = shard.terms.values_mut().find(|t| t.group == group && t.until.is_none());
         if let Some(term) = open {
@@ -104,8 +116,35 @@ impl SealBeforeAdopt {
                 to,
                 index,
                 tail: None,
+                undone: false,
             };
             shard.seals.insert(seal.move_id, sealed);
+        }
+        Ok(())
+    }
+
+    fn unseals(&mut self, group: GroupId, index: u64, unseal: &pb::UnsealShard) -> Verdict {
+        let id = ShardId::new(unseal.shard_id);
+        let Some(shard) = self.shards.get_mut(&id) else {
+            return Ok(());
+        };
+        if shard.terms.contains_key(&unseal.move_id) {
+            let what = format!(
+                "{group} #{index} unseals {id}, which was adopted by move {}",
+                unseal.move_id
+            );
+            return Err(broken(NAME, what));
+        }
+        shard.given_up = shard.given_up.max(unseal.move_id);
+        let seal = shard.seals.get_mut(&unseal.move_id).filter(|seal| !seal.undone);
+        if let Some(seal) = seal {
+            seal.undone = true;
+            let at = seal.index;
+            let sealed = |term: &&mut Term| term.group == group && term.until == Some(at);
+            if let Some(term) = shard.terms.values_mut().find(sealed) {
+                term.until = None;
+                term.shut.push((at, index));
+            }
         }
         Ok(())
     }
@@ -124,6 +163,9 @@ impl SealBeforeAdopt {
         let Some(seal) = shard.seals.get_mut(&adopt.move_id) else {
             return wrong(format!("no seal of move {} is committed", adopt.move_id));
         };
+        if seal.undone {
+            return wrong(format!("move {} was given up", adopt.move_id));
+        }
         if (seal.from, seal.to) != (from, group) || told.index < seal.index {
             return wrong(format!("its seal is another: {seal:?}, not {told:?} of {from}"));
         }
@@ -138,6 +180,7 @@ impl SealBeforeAdopt {
             group,
             from: index,
             until: None,
+            shut: Vec::new(),
         };
         shard.terms.insert(adopt.move_id, term);
         Ok(())
@@ -179,7 +222,7 @@ impl SealBeforeAdopt {
         let tail = Sequence::new(record.tail);
         let begun = record.origin.map_or(0, |origin| origin.move_id);
         let wrong = |why: String| Err(broken(NAME, format!("{by} has {id} with {group}: {why}")));
-        let known = self.shards.get(&id).and_then(|shard| shard.terms.get(&begun)).copied();
+        let known = self.shards.get(&id).and_then(|shard| shard.terms.get(&begun)).cloned();
         let Some(term) = known.filter(|term| term.group == group) else {
             return wrong(format!("it did not come there by move {begun}"));
         };
@@ -205,8 +248,12 @@ impl SealBeforeAdopt {
     /// A message was acknowledged as this entry of a group.
     pub fn acked(&self, id: ShardId, group: GroupId, index: u64) -> Verdict {
         let terms = self.shards.get(&id).into_iter().flat_map(|shard| shard.terms.values());
-        let open =
-            |term: &&Term| term.group == group && term.from < index && term.until.is_none_or(|until| index < until);
+        let open = |term: &&Term| {
+            term.group == group
+                && term.from < index
+                && term.until.is_none_or(|until| index < until)
+                && !term.shut.iter().any(|(from, to)| (from..=to).contains(&&index))
+        };
         if terms.clone().any(|term| open(&term)) {
             return Ok(());
         }
@@ -350,6 +397,38 @@ mod tests {
         };
         let early = Told::sealed().0.applied(B, 20, &command, BY, |_| 9);
         assert!(early.is_err(), "this node has not applied the seal");
+    }
+
+    #[test]
+    fn a_move_that_was_given_up_is_none() {
+        let unsealed = || {
+            let mut told = Told::sealed();
+            let unseal = pb::UnsealShard {
+                shard_id: SHARD.get(),
+                move_id: 1,
+            };
+            assert_eq!(told.entry(A, 15, Op::UnsealShard(unseal)), Ok(()));
+            told
+        };
+        let mut told = unsealed();
+        assert!(told.0.acked(SHARD, A, 12).is_err(), "between the seal and its end");
+        assert_eq!(told.0.acked(SHARD, A, 16), Ok(()));
+        assert_eq!(
+            told.0.holds(SHARD, A, &record(5, None, Some(1)), "n", 12),
+            Ok(()),
+            "behind"
+        );
+        assert_eq!(told.0.holds(SHARD, A, &record(7, None, None), "n", 18), Ok(()));
+        assert_eq!(told.entry(A, 19, seal(B, 1)), Ok(()), "it comes late");
+        assert_eq!(told.0.acked(SHARD, A, 20), Ok(()), "and is of no effect");
+        assert!(unsealed().entry(B, 20, adopt(A, 1, 10, 5)).is_err(), "given up");
+        let late = pb::UnsealShard {
+            shard_id: SHARD.get(),
+            move_id: 1,
+        };
+        assert!(Told::adopted().entry(A, 30, Op::UnsealShard(late)).is_err(), "adopted");
+        assert_eq!(told.entry(A, 21, seal(B, 2)), Ok(()));
+        assert_eq!(told.entry(B, 22, adopt(A, 2, 21, 8)), Ok(()), "another move");
     }
 
     #[test]
