@@ -330,14 +330,16 @@ async fn local_reads_need_nobody_and_tell_their_age() {
     put(&all, "one", "only").await;
     for node in &cluster.nodes {
         let local = client(&[node.client_addr()]).with_consistency(Consistency::Local);
+        let info = local.server_info().await.unwrap();
+        // A node whose replica does not run yet asks another one.
         until("every replica has it", async || {
-            get(&local, "s").await.is_ok_and(|(text, _)| text == "first")
+            let got = get(&local, "s").await;
+            got.is_ok_and(|(text, fresh)| text == "first" && fresh.is_some_and(|fresh| fresh.node_id == info.node_id))
         })
         .await;
         let (_, fresh) = get(&local, "s").await.unwrap();
         let fresh = fresh.expect("a local read tells its age");
         assert_eq!((fresh.tail, fresh.unapplied_entries), (2, 0), "{fresh:?}");
-        let info = local.server_info().await.unwrap();
         assert_eq!(fresh.node_id, info.node_id, "of the replica on the node that was asked");
         until("it hears from the leader", async || {
             let fresh = get(&local, "s").await.unwrap().1.unwrap();

@@ -91,6 +91,10 @@ impl Engine for TestEngine {
         Box::pin(std::future::ready(()))
     }
 
+    fn given_up(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::pending())
+    }
+
     fn drain(&self) -> BoxFuture<'_, ()> {
         assert!(*self.context.draining.borrow(), "the sessions are told first");
         async {}.boxed()

@@ -164,10 +164,10 @@ impl Publish {
         expect: Option<&v1::Expectation>,
     ) -> Result<Vec<Ready>, Refusal> {
         let broker = &self.edge.broker;
-        broker.admit()?;
         let mut ready = Vec::with_capacity(parts.len());
         for mut part in parts {
             let access = broker.shard(stream, part.shard)?;
+            broker.admit(access.place.group)?;
             let batch = part
                 .builder
                 .build(Codec::None)

@@ -274,8 +274,10 @@ impl Session {
             Some(stream) if stream.state == v1::StreamState::Active => self.stream = stream,
             Some(_) | None => return Err(PublishError::Removed.into()),
         }
-        broker.admit()?;
         validate_batch(&self.stream, batch.shard, batch.map_epoch, &batch.batch)?;
+        if let Some(place) = self.stream.shards.get(batch.shard as usize) {
+            broker.admit(place.group)?;
+        }
         if let Some(expect) = &batch.expect {
             check_expectation(&self.stream, batch.shard, expect)?;
         }

@@ -220,7 +220,7 @@ impl Read {
                     .await
             }
         }
-        .map_err(|e| broker.noted(e))?;
+        .map_err(|e| broker.noted(access.place.shard, e))?;
         let local = consistency == Consistency::Local;
         let Found {
             shard,
@@ -281,11 +281,8 @@ impl Read {
             for (shard, reader) in &mut readers {
                 while (messages.len() as u64) < u64::from(messages_max) && room > 0 {
                     let left = u64::from(messages_max) - messages.len() as u64;
-                    match reader
-                        .step(left, u64::try_from(room).unwrap_or(1))
-                        .await
-                        .map_err(|e| broker.noted(e))?
-                    {
+                    let step = reader.step(left, u64::try_from(room).unwrap_or(1)).await;
+                    match step.map_err(|e| broker.noted(reader.shard(), e))? {
                         Step::Deliver(delivery) => {
                             for (sequence, record) in delivery.records()? {
                                 room -= (record.payload.len() + record.subject.len() + MESSAGE_OVERHEAD) as i64;

@@ -215,7 +215,7 @@ impl Session {
                     drop(changes);
                     // Who only follows goes on, and is told later; who wants the end must know that it is one.
                     if let Err(e) = result && self.stop_at_tail {
-                        return Err(Refusal::from(self.edge.broker.noted(e)).into());
+                        return Err(Refusal::from(e).into());
                     }
                 }
                 frame = input.message() => {
@@ -267,7 +267,7 @@ impl Session {
             tokio::select! {
                 _ = changes.next() => {}
                 result = confirm.wait() => {
-                    result.map_err(|e| Refusal::from(self.edge.broker.noted(e)))?;
+                    result.map_err(Refusal::from)?;
                 }
                 () = super::drained(&mut draining) => {}
                 () = output.closed() => return Ok(()),
@@ -401,7 +401,7 @@ impl Session {
             let step = match reader.step(self.messages, self.bytes.min(room.bytes())).await {
                 Ok(step) => step,
                 Err(ReadError::Removed) => return Err(Refusal::from(ReadError::Removed).into()),
-                Err(e) => return Err(Refusal::from(broker.noted(e)).into()),
+                Err(e) => return Err(Refusal::from(broker.noted(reader.shard(), e)).into()),
             };
             match step {
                 Step::Deliver(delivery) => {

@@ -8,6 +8,20 @@ use crate::machine::Refusal;
 use crate::model::{GroupId, Sequence};
 use crate::raft::{BarrierError, ProposeError};
 
+/// How many of a group's nodes are reached from here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    pub live: usize,
+    pub needed: usize,
+    pub replicas: usize,
+}
+
+impl Reach {
+    pub fn is_quorum(self) -> bool {
+        self.live >= self.needed
+    }
+}
+
 /// Why a stream cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StreamError {
@@ -97,24 +111,20 @@ pub enum PublishError {
     NoLeader { group: GroupId, waited: Duration },
     /// Too few of the group's nodes are reached for it to have one.
     #[error(
-        "{group} has no quorum: {live} of its {replicas} nodes are reached, {needed} are needed; nothing was stored, try again"
+        "{group} has no quorum: {} of its {} nodes are reached, {} are needed; nothing was stored, try again",
+        reach.live,
+        reach.replicas,
+        reach.needed
     )]
-    NoQuorum {
-        group: GroupId,
-        live: usize,
-        needed: usize,
-        replicas: usize,
-    },
+    NoQuorum { group: GroupId, reach: Reach },
     /// The leader put it into its log, and too few replicas answer to say more.
     #[error(
-        "{group} has no quorum: {live} of its {replicas} nodes are reached, {needed} are needed; the message was sent before that was known, and is stored if enough of them return with it"
+        "{group} has no quorum: {} of its {} nodes are reached, {} are needed; the message was sent before that was known, and is stored if enough of them return with it",
+        reach.live,
+        reach.replicas,
+        reach.needed
     )]
-    Unconfirmed {
-        group: GroupId,
-        live: usize,
-        needed: usize,
-        replicas: usize,
-    },
+    Unconfirmed { group: GroupId, reach: Reach },
     /// The shard was moved to another group in this moment.
     #[error("the shard has just been moved to {to}; nothing was stored, try again")]
     Moved { to: GroupId },

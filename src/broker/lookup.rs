@@ -296,8 +296,9 @@ impl Broker {
 
     /// The next message of a reader.
     async fn next_of(&self, mut reader: ShardReader) -> Result<Option<(Sequence, TimeUs, OwnedRecord)>, ReadError> {
+        let shard = reader.shard();
         loop {
-            match reader.step(1, 1).await.map_err(|e| self.noted(e))? {
+            match reader.step(1, 1).await.map_err(|e| self.noted(shard, e))? {
                 Step::Deliver(delivery) => {
                     let append_time = delivery.append_time;
                     if let Some((sequence, record)) = first(&delivery)? {

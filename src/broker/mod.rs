@@ -16,7 +16,7 @@ mod route;
 pub mod validate;
 mod worker;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -88,6 +88,8 @@ pub struct Broker {
     ingests: Mutex<HashMap<ShardId, Ingest>>,
     /// Shards replicated elsewhere that somebody here reads.
     remotes: Mutex<HashMap<ShardId, Weak<RemoteShard>>>,
+    /// Shards of whose replica here something is damaged.
+    damaged: Mutex<HashSet<ShardId>>,
 }
 
 impl Broker {
@@ -117,6 +119,7 @@ impl Broker {
             metrics: Arc::default(),
             ingests: Mutex::default(),
             remotes: Mutex::default(),
+            damaged: Mutex::default(),
         });
         if let Some(peers) = peers {
             peers.serve_calls(Relay::METHODS, Relay::new(&broker));
@@ -208,7 +211,8 @@ impl Broker {
         if let Some(shared) = shared.as_ref().filter(|shared| shared.came_from(owner)) {
             owner = shared.group();
         }
-        let face = match shared.zip(self.groups.get(owner)) {
+        let here = shared.zip(self.groups.get(owner));
+        let face = match here.filter(|_| !self.is_read_elsewhere(shard, owner)) {
             Some((shared, group)) => Face::Here { shared, group },
             None => Face::There(self.router.peers.is_some().then(|| self.remote(shard, owner))?),
         };
@@ -257,8 +261,9 @@ impl Broker {
         &self.router
     }
 
-    /// Refuses what must not be taken now: little disk left, damaged data.
-    pub fn admit(&self) -> Result<(), PublishError> {
+    /// Refuses what must not be taken now: little disk left, damaged data. What is on other nodes as well is taken on a
+    /// damaged one too: it is begun anew from them.
+    pub fn admit(&self, group: GroupId) -> Result<(), PublishError> {
         let space = self.store.space();
         if space.low {
             let refusal = PublishError::DiskLow {
@@ -269,7 +274,9 @@ impl Broker {
             self.alarms.raise(AlarmKind::DiskLow, refusal.to_string());
             return Err(refusal);
         }
-        if let Some(damage) = self.store.damage().first() {
+        if let Some(damage) = self.store.damage().first()
+            && self.router.others(group).is_empty()
+        {
             return Err(PublishError::Damaged(damage.what.clone()));
         }
         if let Some(poison) = self.store.poisoned().borrow().as_ref() {
@@ -308,13 +315,28 @@ impl Broker {
         }
     }
 
-    /// Notes damage that a read found, so that health reports it. Gives the error back.
-    pub fn noted(&self, e: ReadError) -> ReadError {
-        if let ReadError::Damaged(what) = &e {
-            tracing::error!(%what, "stored data is damaged");
-            self.alarms.raise(AlarmKind::Damaged, what.clone());
+    /// Notes damage that a read found, so that health reports it. Gives the error back; where another node has the shard, it
+    /// is one of here and now: the shard is read there from then on.
+    pub fn noted(&self, shard: ShardId, e: ReadError) -> ReadError {
+        let ReadError::Damaged(what) = e else {
+            return e;
+        };
+        tracing::error!(%shard, what, "stored data is damaged");
+        self.alarms.raise(AlarmKind::Damaged, what.clone());
+        self.damaged.lock().insert(shard);
+        let owner = self.view.owner_of(shard);
+        match owner.is_some_and(|owner| self.is_read_elsewhere(shard, owner)) {
+            true => ReadError::Unreachable(format!(
+                "its replica here is damaged, and is read on another node: {what}"
+            )),
+            false => ReadError::Damaged(what),
         }
-        e
+    }
+
+    /// Whether a shard that has a replica here is read on another node all the same: the one here is damaged.
+    fn is_read_elsewhere(&self, shard: ShardId, owner: GroupId) -> bool {
+        // Asked for each access: what is common costs nothing.
+        self.groups.damage_found() > 0 && self.damaged.lock().contains(&shard) && !self.router.others(owner).is_empty()
     }
 }
 

@@ -205,6 +205,11 @@ impl ShardReader {
         }
     }
 
+    /// The shard that is read.
+    pub fn shard(&self) -> ShardId {
+        self.source.shard()
+    }
+
     /// Reads ahead as one of so many that are read together.
     pub fn among(mut self, readers: usize) -> Self {
         self.fill_bytes = (FILL_BYTES / readers.max(1)).max(FILL_BYTES_MIN);

@@ -134,7 +134,7 @@ fn publish(broker: &Arc<Broker>, payload: Bytes) -> BoxFuture<'static, Answer> {
     }
     let count = call.items.len();
     let bytes = call.items.iter().map(|item| item.batch.len()).sum();
-    let permit = broker.admit().and_then(|()| {
+    let permit = broker.admit(group).and_then(|()| {
         let permit = broker.publish_memory().try_acquire(bytes);
         permit.ok_or(PublishError::Overloaded {
             what: "memory for publishes",
@@ -338,6 +338,6 @@ async fn look_up(broker: Arc<Broker>, payload: Bytes) -> Answer {
             broker.producer_here(shared, producer.producer_id, producer.epoch)
         }
     };
-    let number = number.map_err(|e| refused(broker.noted(e).to_string()))?;
+    let number = number.map_err(|e| refused(broker.noted(shared.shard, e).to_string()))?;
     answer(pb::relay_looked_up::Result::Found(pb::RelayFound { number }))
 }

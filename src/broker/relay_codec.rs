@@ -1,7 +1,7 @@
 //! Outcomes and positions ⇄ `relay.proto`. Nothing is lost on the way: what a client is told does not depend on the node
 //! it is connected to.
 
-use super::error::PublishError;
+use super::error::{PublishError, Reach};
 use super::ingest::Outcome;
 use crate::machine::{Duplicate, DuplicateItem, ItemOutcome, Refusal, StoredItem};
 use crate::model::{GroupId, ReplicaId, Revision, Sequence, Term, TimeUs};
@@ -98,8 +98,16 @@ fn failure_to_pb(e: &PublishError) -> pb::RelayFailed {
             failed.text.clone_from(reason);
             W::Stopped
         }
-        PublishError::Propose(ProposeError::Unknown { .. }) | PublishError::Unconfirmed { .. } => W::Unknown,
-        PublishError::NoLeader { .. } | PublishError::NoQuorum { .. } => W::NotLeader,
+        PublishError::Propose(ProposeError::Unknown { .. }) => W::Unknown,
+        PublishError::NoLeader { .. } => W::NotLeader,
+        PublishError::NoQuorum { reach, .. } => {
+            failed.reach = Some(reach_to_pb(reach));
+            W::NoQuorum
+        }
+        PublishError::Unconfirmed { reach, .. } => {
+            failed.reach = Some(reach_to_pb(reach));
+            W::Unconfirmed
+        }
         PublishError::Stopping => W::Stopping,
         PublishError::Removed => W::Removed,
         PublishError::Moved { to } => {
@@ -131,6 +139,24 @@ fn failure_to_pb(e: &PublishError) -> pb::RelayFailed {
     failed
 }
 
+fn reach_to_pb(reach: &Reach) -> pb::RelayReach {
+    let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    pb::RelayReach {
+        live: small(reach.live),
+        needed: small(reach.needed),
+        replicas: small(reach.replicas),
+    }
+}
+
+fn reach_from_pb(reach: Option<pb::RelayReach>) -> Reach {
+    let reach = reach.unwrap_or_default();
+    Reach {
+        live: reach.live as usize,
+        needed: reach.needed as usize,
+        replicas: reach.replicas as usize,
+    }
+}
+
 fn failure_from_pb(group: GroupId, failed: pb::RelayFailed) -> PublishError {
     use pb::RelayFailure as W;
     match failed.failure() {
@@ -144,6 +170,14 @@ fn failure_from_pb(group: GroupId, failed: pb::RelayFailed) -> PublishError {
             reason: failed.text,
         }
         .into(),
+        W::NoQuorum => PublishError::NoQuorum {
+            group,
+            reach: reach_from_pb(failed.reach),
+        },
+        W::Unconfirmed => PublishError::Unconfirmed {
+            group,
+            reach: reach_from_pb(failed.reach),
+        },
         W::Unknown | W::Unspecified => ProposeError::Unknown { group }.into(),
         W::Stopping => PublishError::Stopping,
         W::Removed => PublishError::Removed,
@@ -326,6 +360,22 @@ mod tests {
             }
             .into(),
             ProposeError::Unknown { group: GROUP }.into(),
+            PublishError::NoQuorum {
+                group: GROUP,
+                reach: Reach {
+                    live: 1,
+                    needed: 2,
+                    replicas: 3,
+                },
+            },
+            PublishError::Unconfirmed {
+                group: GROUP,
+                reach: Reach {
+                    live: 2,
+                    needed: 3,
+                    replicas: 5,
+                },
+            },
             PublishError::Stopping,
             PublishError::Removed,
             PublishError::Moved { to: GroupId::new(8) },

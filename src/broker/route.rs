@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::error::ReadError;
+use super::error::{Reach, ReadError};
 use crate::control::view::View;
 use crate::machine::placement::voters_of;
 use crate::model::{GroupId, NodeId, ReplicaId};
@@ -54,20 +54,6 @@ pub(super) enum Told<T> {
     Nonsense,
 }
 
-/// How many of a group's nodes are reached from here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Reach {
-    pub live: usize,
-    pub needed: usize,
-    pub replicas: usize,
-}
-
-impl Reach {
-    pub fn is_quorum(self) -> bool {
-        self.live >= self.needed
-    }
-}
-
 /// Finds leaders and replicas.
 pub(super) struct Router {
     pub groups: Arc<Groups>,
@@ -99,7 +85,7 @@ impl Router {
     }
 
     /// The nodes of a group's replicas, without this one.
-    fn others(&self, group: GroupId) -> Vec<NodeId> {
+    pub fn others(&self, group: GroupId) -> Vec<NodeId> {
         let own = self.peers.as_ref().map(Peers::node);
         let place = self.view.group(group);
         let nodes = place.iter().flat_map(|p| &p.replicas).map(|(_, node)| *node);
@@ -217,7 +203,8 @@ impl Router {
         (!reach.is_quorum()).then_some(reach)
     }
 
-    /// Whom to ask, best first.
+    /// Whom to ask, best first. This node is the last of any: who asks it through here could not read its replica, or has
+    /// found it damaged.
     fn candidates(&self, group: GroupId, ask: Ask) -> Vec<NodeId> {
         let own = self.peers.as_ref().map(Peers::node);
         let first = match self.route(group) {
@@ -228,6 +215,7 @@ impl Router {
         let mut all: Vec<NodeId> = first.into_iter().collect();
         if ask == Ask::AnyReplica {
             all.extend(self.others(group).into_iter().filter(|node| Some(*node) != first));
+            all.sort_by_key(|node| Some(*node) == own);
         }
         all
     }

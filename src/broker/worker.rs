@@ -8,10 +8,14 @@
 //! latency. Who is told "not processed" can rely on it: a batch that may have been stored once is never answered by how
 //! a later attempt failed.
 //!
+//! What is not answered in time ends as unknown. What its producer sent behind it ends as well, until that one is sent again:
+//! answers keep their order. See `worker/given_up.rs`.
+//!
 //! A shard that is sealed because it goes to another group answers "moved": that did not happen, and is sent again to the new
 //! group as soon as the catalog says that it has the shard. Order and numbers hold through it, because the seal is in the
 //! former group's log behind everything that was stored there, and the producers' numbers go along.
 
+mod given_up;
 mod look;
 
 use std::collections::VecDeque;
@@ -25,6 +29,7 @@ use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::given_up::GivenUp;
 use super::counts::BrokerMetrics;
 use super::error::PublishError;
 use super::hop::{Answer, call_failed, pause, relayed};
@@ -132,6 +137,7 @@ pub(super) struct Worker {
     pause: Duration,
     /// How often in a row what is under way was seen not to get on.
     lost_looks: u32,
+    given_up: GivenUp,
 }
 
 impl Worker {
@@ -157,6 +163,7 @@ impl Worker {
             heir: None,
             pause: PAUSE_MIN,
             lost_looks: 0,
+            given_up: GivenUp::default(),
         }
     }
 
@@ -221,31 +228,49 @@ impl Worker {
     fn gather(&mut self, first: Option<Waiting>) -> Vec<Waiting> {
         let (mut bytes, mut body_bytes) = (0, 0);
         let mut gathered = Vec::new();
-        let mut next = self.again.pop_front().or(first);
+        let mut next = first.or_else(|| self.next());
         while let Some(waiting) = next {
-            bytes += waiting.item.batch.len();
-            body_bytes += body_of(&waiting.item);
-            gathered.push(waiting);
-            next = None;
-            if bytes < ENTRY_BYTES && body_bytes < ENTRY_BODY_BYTES && gathered.len() < ENTRY_ITEMS_MAX {
-                next = self
-                    .again
-                    .pop_front()
-                    .or_else(|| self.inbox.try_recv().ok().flatten().map(Waiting::from));
+            if self.is_behind(&waiting) {
+                self.conclude(waiting, Err(self.no_leader()));
+            } else {
+                bytes += waiting.item.batch.len();
+                body_bytes += body_of(&waiting.item);
+                gathered.push(waiting);
             }
+            let has_room = bytes < ENTRY_BYTES && body_bytes < ENTRY_BODY_BYTES && gathered.len() < ENTRY_ITEMS_MAX;
+            next = if has_room { self.next() } else { None };
         }
         gathered
+    }
+
+    /// The next batch that waits.
+    fn next(&mut self) -> Option<Waiting> {
+        let again = self.again.pop_front();
+        again.or_else(|| self.inbox.try_recv().ok().flatten().map(Waiting::from))
+    }
+
+    /// Whether its producer must send another one again first.
+    fn is_behind(&mut self, waiting: &Waiting) -> bool {
+        let stamp = waiting.item.producer.as_ref().filter(|_| !waiting.relayed);
+        stamp.is_some_and(|stamp| self.given_up.is_behind(stamp))
+    }
+
+    fn no_leader(&self) -> PublishError {
+        let group = self.group();
+        ProposeError::NotLeader { group, leader: None }.into()
     }
 
     /// Sends one entry. `first` only while nothing is to be sent again.
     async fn send(&mut self, first: Option<Waiting>) {
         let group = self.group();
         let waiting = self.gather(first);
+        if waiting.is_empty() {
+            return;
+        }
         match self.router.route(group) {
             // What is not proposed is certain not to be stored; a quorum that returns finds it waiting.
             Route::Here(replica) if self.router.without_quorum(group).is_some() => {
-                let none = PublishError::Propose(ProposeError::NotLeader { group, leader: None });
-                self.failed_to_leave(waiting, replica.id, none);
+                self.failed_to_leave(waiting, replica.id, self.no_leader());
             }
             Route::Here(replica) => self.propose(&replica, waiting).await,
             Route::There(node) => {
@@ -256,9 +281,8 @@ impl Worker {
             }
             Route::Nowhere => {
                 let own = self.not_for_others(waiting);
-                let none = PublishError::Propose(ProposeError::NotLeader { group, leader: None });
                 if !own.is_empty() {
-                    self.failed_to_leave(own, group, none);
+                    self.failed_to_leave(own, group, self.no_leader());
                 }
             }
         }
@@ -418,15 +442,15 @@ impl Worker {
         if self.router.peers.is_none() || waiting.relayed {
             return self.conclude(waiting, outcome);
         }
+        if self.is_behind(&waiting) {
+            waiting.uncertain |= may_be_stored(&outcome);
+            return self.conclude(waiting, Err(self.no_leader()));
+        }
         // Behind one of its producer that is sent again: so that answers keep their order, it is sent again as well,
         // whatever it was answered. A number that was used up is answered as it was the first time.
         let producer = waiting.producer();
         if producer.is_some() && self.failed.iter().any(|f| f.producer() == producer) {
-            waiting.uncertain |= match &outcome {
-                Ok(ItemOutcome::Refused(Refusal::OutOfOrder { .. } | Refusal::UnknownProducer)) => false,
-                Ok(_) => true,
-                Err(e) => e.retry_class() == RetryClass::MayHaveHappened,
-            };
+            waiting.uncertain |= may_be_stored(&outcome);
             self.failed.push_back(waiting);
             return;
         }
@@ -447,35 +471,38 @@ impl Worker {
             ) => true,
             Err(_) => false,
         };
-        if again && waiting.submitted.elapsed() < self.patience(&waiting) {
+        if again && waiting.submitted.elapsed() < self.patience(&waiting, &outcome) {
             self.failed.push_back(waiting);
         } else {
             self.conclude(waiting, outcome);
         }
     }
 
-    /// How long a batch waits for a leader. One with a producer's number longer than any usual trouble lasts: whoever sent it
-    /// sends it again, and were it given up before one behind it, that one would be answered first.
-    fn patience(&self, waiting: &Waiting) -> Duration {
-        if waiting.producer().is_some() {
-            return RELAY_PATIENCE;
-        }
-        match self.router.without_quorum(self.group()) {
-            Some(_) => NO_QUORUM,
-            None => ELECTION,
+    /// How long a batch that was answered like this waits for a leader. One with a producer's number longer than any usual
+    /// trouble lasts: whoever sent it would send it again.
+    fn patience(&self, waiting: &Waiting, outcome: &Outcome) -> Duration {
+        let is_told = matches!(
+            outcome,
+            Err(PublishError::NoQuorum { .. } | PublishError::Unconfirmed { .. })
+        );
+        if is_told || self.router.without_quorum(self.group()).is_some() {
+            NO_QUORUM
+        } else if waiting.producer().is_some() {
+            RELAY_PATIENCE
+        } else {
+            ELECTION
         }
     }
 
     /// Tells the last word on a batch.
-    fn conclude(&self, mut waiting: Waiting, outcome: Outcome) {
+    fn conclude(&mut self, mut waiting: Waiting, outcome: Outcome) {
         let group = self.group();
-        let unknown = || match self.router.without_quorum(group) {
-            Some(reach) => Err(PublishError::Unconfirmed {
-                group,
-                live: reach.live,
-                needed: reach.needed,
-                replicas: reach.replicas,
-            }),
+        let told = match &outcome {
+            Err(PublishError::NoQuorum { reach, .. } | PublishError::Unconfirmed { reach, .. }) => Some(*reach),
+            Ok(_) | Err(_) => None,
+        };
+        let unknown = || match told.or_else(|| self.router.without_quorum(group)) {
+            Some(reach) => Err(PublishError::Unconfirmed { group, reach }),
             None => Err(ProposeError::Unknown { group }.into()),
         };
         let outcome = match outcome {
@@ -503,24 +530,36 @@ impl Worker {
                 }
             }
             Err(_) if waiting.uncertain => unknown(),
-            Err(PublishError::Propose(ProposeError::NotLeader { .. })) if !waiting.relayed => {
+            // Another node looks for the leader itself, but not for what is known here.
+            Err(PublishError::Propose(ProposeError::NotLeader { leader: None, .. })) => {
                 let waited = waiting.submitted.elapsed();
                 Err(match self.router.without_quorum(group) {
-                    Some(reach) => PublishError::NoQuorum {
-                        group,
-                        live: reach.live,
-                        needed: reach.needed,
-                        replicas: reach.replicas,
-                    },
-                    None if self.router.peers.is_some() => PublishError::NoLeader { group, waited },
+                    Some(reach) => PublishError::NoQuorum { group, reach },
+                    None if self.router.peers.is_some() && !waiting.relayed => PublishError::NoLeader { group, waited },
                     None => ProposeError::NotLeader { group, leader: None }.into(),
                 })
             }
             outcome @ (Ok(_) | Err(_)) => outcome,
         };
+        if waiting.uncertain
+            && !waiting.relayed
+            && outcome.is_err()
+            && let Some(stamp) = &waiting.item.producer
+        {
+            self.given_up.note(stamp);
+        }
         if let Some((reply, permit)) = waiting.reply.take() {
             tell(&self.metrics, waiting.relayed, reply, permit, outcome);
         }
+    }
+}
+
+/// Whether a batch that was answered like this may be in the log.
+fn may_be_stored(outcome: &Outcome) -> bool {
+    match outcome {
+        Ok(ItemOutcome::Refused(Refusal::OutOfOrder { .. } | Refusal::UnknownProducer)) => false,
+        Ok(_) => true,
+        Err(e) => e.retry_class() == RetryClass::MayHaveHappened,
     }
 }
 

@@ -63,6 +63,10 @@ pub trait Engine: Send + Sync + 'static {
     /// clients are told to go: they see no election.
     fn hand_over(&self) -> BoxFuture<'_, ()>;
 
+    /// Completes if the node is to end and start again: its data was found damaged, and the others of its cluster have agreed
+    /// to make it anew.
+    fn given_up(&self) -> BoxFuture<'_, ()>;
+
     /// Completes when every publish that was accepted is answered. Called when no request can come any more; given up
     /// when the drain timeout is over.
     fn drain(&self) -> BoxFuture<'_, ()>;

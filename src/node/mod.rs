@@ -1,5 +1,6 @@
 //! The composition: configuration → start → serve → drain. What is composed stands behind [`Engine`].
 
+mod anew;
 pub mod cluster;
 pub mod command;
 pub mod config;

@@ -11,6 +11,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use super::anew;
 use super::cluster::{PEER_CONNECTIONS_MAX, PeerListener};
 use super::config::Config;
 use super::engine::{Context, Engine, StartError};
@@ -70,6 +71,8 @@ pub async fn run(
 /// What ended the serving.
 enum End {
     Told,
+    /// Its data is damaged, and it is to begin anew.
+    GivenUp,
     Broken(String),
 }
 
@@ -247,6 +250,7 @@ impl Node {
                 tokio::select! {
                     () = stop.cancelled() => End::Told,
                     alarm = alarms.any_of(&[AlarmKind::Poisoned]) => End::Broken(alarm.reason),
+                    () = engine.given_up() => End::GivenUp,
                     failure = self.tasks.failed() => End::Broken(format!("{} {}", failure.task, failure.reason)),
                     result = &mut served => {
                         let reason = served_reason(result);
@@ -260,6 +264,10 @@ impl Node {
             End::Told => {
                 tracing::info!("told to stop: draining");
                 (self.config.node.drain_timeout, Exit::Done)
+            }
+            End::GivenUp => {
+                tracing::warn!("the others make this node anew: it ends, and starts again");
+                (self.config.node.drain_timeout.min(BROKEN_DRAIN_MAX), Exit::Failed)
             }
             End::Broken(reason) => {
                 if !self.alarms.is_on(AlarmKind::Poisoned) {
@@ -276,7 +284,7 @@ impl Node {
         drop(ports_file);
         self.monitor.set_phase(Phase::Draining);
         self.health.set(false).await;
-        if matches!(end, End::Told) {
+        if matches!(end, End::Told | End::GivenUp) {
             engine.hand_over().await;
         }
         draining.send_replace(true);
@@ -302,6 +310,15 @@ impl Node {
             Err(_) => Err(format!("the store did not close within {CLOSE_MAX:?}")),
         };
         self.end_tasks().await;
+        // What is damaged may also be found by a write, which ends the store for good: the next start asks the others.
+        let is_damaged = self.peer.is_some() && self.alarms.is_on(AlarmKind::Damaged);
+        if matches!(end, End::GivenUp) || (is_damaged && matches!(end, End::Broken(_))) {
+            if let Err(error) = closed {
+                tracing::warn!(error, "closing failed");
+            }
+            tell(&anew::again());
+            return Exit::Failed;
+        }
         match closed {
             Ok(()) => {
                 tracing::info!("stopped");

@@ -8,11 +8,12 @@ use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
+use super::anew;
 use super::cluster::{self, ClusterNode};
 use super::config::{Addresses, Config};
 use super::engine::{Context, Engine, StartError};
 use crate::api::{self, Bounds, Edge, ServerFacts};
-use crate::base::{AlarmKind, Alarms, ByteBudget, Clock, Tasks};
+use crate::base::{AlarmKind, Alarms, Clock, Tasks};
 use crate::broker::Broker;
 use crate::control::operations::Operations;
 use crate::control::view::View;
@@ -21,16 +22,16 @@ use crate::monitor::StatusSource;
 use crate::monitor::status::{DataStatus, SpaceStatus};
 use crate::raft::transport::{PeerServer, Peers};
 use crate::raft::{Groups, GroupsOptions, LogKeep, RaftTimings};
-use crate::storage::{ClockFile, Identity, OpenError, Renewal, Store, StoreOptions};
+use crate::storage::{ClockFile, Identity, OpenError, Store, StoreOptions};
 
 /// Memory for the batches that tailing readers get without a read from disk.
 const RECENT_BYTES: usize = 32 << 20;
 /// How often the store is asked whether it is well.
-const WATCH_EVERY: Duration = Duration::from_millis(250);
+pub(super) const WATCH_EVERY: Duration = Duration::from_millis(250);
 /// How often the time is noted.
 const NOTE_EVERY: Duration = Duration::from_secs(10);
 /// How long a node that stops may take to hand over what it leads.
-const HAND_OVER_MAX: Duration = Duration::from_secs(2);
+pub(super) const HAND_OVER_MAX: Duration = Duration::from_secs(2);
 /// How long replicas may take to end.
 const TASKS_MAX: Duration = Duration::from_secs(5);
 
@@ -86,67 +87,6 @@ enum Found {
     Nothing,
 }
 
-/// A node of a cluster whose data is damaged does not go on with what is left of it: it is made anew from the others. Asks
-/// the cluster to give up what the node was, which it does if no group loses its quorum by that; until then nothing is
-/// changed here.
-async fn agree(context: &Context, why: &str) -> Result<Renewal, StartError> {
-    let (config, dir) = (&context.config, context.config.node.data_dir.clone());
-    let known = Renewal::of(&dir, context.clock.now_us() / 1_000_000).filter(|_| context.peer_listener.is_some());
-    let Some(renewal) = known else {
-        return Err(StartError::Damaged(why.to_owned()));
-    };
-    tracing::error!(
-        "the data of this node is damaged: {why}. The others of its cluster are asked to make its replicas anew; until they \
-         agree nothing is changed here"
-    );
-    context.alarms.raise(AlarmKind::Damaged, why.to_owned());
-    let identity = Identity {
-        store_id: renewal.store_id,
-        cluster_id: None,
-        node_id: renewal.former_node,
-        incarnation: 0,
-        starts: Vec::new(),
-    };
-    let node = facts(context, &identity).join_node();
-    cluster::give_up(config, &renewal, node, &context.stop)
-        .await
-        .map_err(|e| StartError::Damaged(format!("{why}; its replicas cannot be made anew from the others: {e}")))?;
-    let agreed = renewal.clone();
-    let noted = tokio::task::spawn_blocking(move || agreed.begin(&dir)).await;
-    let noted = noted.map_err(|e| StartError::Failed(e.to_string()))?;
-    noted.map_err(|e| StartError::Failed(format!("that this node begins anew cannot be noted: {e}")))?;
-    Ok(renewal)
-}
-
-async fn set_aside(context: &Context, renewal: Renewal) -> Result<(), StartError> {
-    let dir = context.config.node.data_dir.clone();
-    let aside = tokio::task::spawn_blocking(move || renewal.set_aside(&dir)).await;
-    let aside = aside.map_err(|e| StartError::Failed(e.to_string()))?;
-    let aside =
-        aside.map_err(|e| StartError::Failed(format!("the damaged data cannot be set aside: {e}; start it again")))?;
-    tracing::warn!(
-        aside = %aside.display(),
-        "the damaged data was set aside; remove it when the cluster is healthy again and you have no use for it"
-    );
-    context.alarms.clear(AlarmKind::Damaged);
-    Ok(())
-}
-
-/// Starts this program again in its place: parts of the start that found damage may still hold the store. Returns only if
-/// that cannot be done, and why.
-fn again() -> String {
-    use std::os::unix::process::CommandExt as _;
-    let program = match std::env::current_exe() {
-        Ok(program) => program,
-        Err(e) => return format!("start the node again; its own program is not found: {e}"),
-    };
-    tracing::warn!("the node starts again, to begin anew");
-    let error = std::process::Command::new(program)
-        .args(std::env::args_os().skip(1))
-        .exec();
-    format!("start the node again; it cannot do that by itself: {error}")
-}
-
 /// Everything on one store. Clones share it.
 #[derive(Clone)]
 struct Running {
@@ -161,21 +101,22 @@ struct Running {
     sessions: Tasks,
     /// Ingest, expiry, reconciler, upkeep.
     work: Tasks,
-    publish_memory: ByteBudget,
-    /// The parent of `sessions` and `work`: a group of tasks is cancelled when its last handle goes.
-    _tasks: Tasks,
+    /// Its tasks are the parent of `sessions` and `work`: a group of tasks is cancelled when its last handle goes.
+    context: Context,
+    /// Damage that an earlier run of the node has found.
+    known_damage: Option<String>,
 }
 
 impl Running {
     async fn start(context: Context) -> Result<Arc<Self>, StartError> {
-        let dir = &context.config.node.data_dir;
-        let renewal = Renewal::load(dir).map_err(|e| StartError::Failed(e.to_string()))?;
-        // Agreed upon, and cut short.
-        if let Some(renewal) = renewal.filter(|renewal| renewal.is_to_be_set_aside(dir)) {
-            set_aside(&context, renewal).await?;
-        }
+        let known_damage = anew::go_on(&context).await?;
         let (error, found) = match Self::start_once(&context).await {
-            Ok(running) => return Ok(running),
+            Ok(running) => {
+                return Ok(Arc::new(Self {
+                    known_damage,
+                    ..running
+                }));
+            }
             Err(failed) => failed,
         };
         let StartError::Damaged(why) = &error else {
@@ -183,24 +124,23 @@ impl Running {
         };
         match found {
             Found::Opening => {
-                let renewal = agree(&context, why).await?;
-                set_aside(&context, renewal).await?;
-                Self::start_once(&context).await.map_err(|(error, _)| error)
+                anew::agree(&context, why).await?;
+                anew::go_on(&context).await?;
+                let running = Self::start_once(&context).await.map_err(|(error, _)| error)?;
+                Ok(Arc::new(running))
             }
             Found::Running => {
                 let _ = context.tasks.drain(TASKS_MAX).await;
-                agree(&context, why).await?;
-                Err(StartError::Failed(again()))
+                anew::agree(&context, why).await?;
+                Err(StartError::Failed(anew::again()))
             }
             Found::Nothing => Err(error),
         }
     }
 
-    async fn start_once(context: &Context) -> Result<Arc<Self>, (StartError, Found)> {
+    async fn start_once(context: &Context) -> Result<Self, (StartError, Found)> {
         let store = open_store(store_options(&context.config)).await?;
         let begun = std::time::Instant::now();
-        // What was found and made good when the store was opened is no damage.
-        let known = store.damage().len();
         match Self::start_on(store.clone(), context).await {
             Ok(running) => {
                 tracing::info!(took = ?begun.elapsed(), groups = running.groups.all().len(), "groups started");
@@ -209,7 +149,7 @@ impl Running {
             Err(e) => {
                 // What a group finds wrong with stored records is damage, not a failed start.
                 let damage = store.damage();
-                let error = match damage.get(known) {
+                let error = match damage.first() {
                     Some(note) => (
                         StartError::Damaged(format!(
                             "{}: {}; restore the directory from a backup, or replace this replica if others hold the data",
@@ -225,7 +165,7 @@ impl Running {
         }
     }
 
-    async fn start_on(store: Arc<Store>, context: &Context) -> Result<Arc<Self>, String> {
+    async fn start_on(store: Arc<Store>, context: &Context) -> Result<Self, String> {
         let config = &context.config;
         let view = Arc::new(View::default());
         let mut facts = facts(context, &store.identity());
@@ -327,7 +267,7 @@ impl Running {
                 started_us: context.started_us,
             },
         );
-        Ok(Arc::new(Self {
+        Ok(Self {
             store,
             groups,
             control,
@@ -336,9 +276,9 @@ impl Running {
             edge,
             sessions,
             work,
-            publish_memory: context.publish_memory.clone(),
-            _tasks: context.tasks.clone(),
-        }))
+            context: context.clone(),
+            known_damage: None,
+        })
     }
 
     async fn end(&self) -> Result<(), String> {
@@ -348,6 +288,11 @@ impl Running {
         }
         self.groups.shutdown().await;
         let store = self.store.clone();
+        if let Some(damage) = store.damage().into_iter().next().filter(|_| self.peers.is_some()) {
+            anew::note(&self.context, damage.what)
+                .await
+                .unwrap_or_else(|error| tracing::warn!(error));
+        }
         tokio::task::spawn_blocking(move || store.close())
             .await
             .map_err(|e| e.to_string())?
@@ -357,7 +302,7 @@ impl Running {
 }
 
 /// What this node tells of itself.
-fn facts(context: &Context, identity: &Identity) -> NodeFacts {
+pub(super) fn facts(context: &Context, identity: &Identity) -> NodeFacts {
     let config = &context.config;
     let told = |advertised: &Option<Addresses>, used: SocketAddr| {
         advertised
@@ -500,11 +445,20 @@ impl Engine for Running {
         })
     }
 
+    fn given_up(&self) -> BoxFuture<'_, ()> {
+        Box::pin(anew::given_up(
+            &self.context,
+            &self.store,
+            &self.control,
+            self.known_damage.clone(),
+        ))
+    }
+
     fn drain(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
             // Sessions end by themselves; unary publishes are answered when no batch holds memory any more.
             let _ = self.sessions.finish(Duration::from_secs(3600)).await;
-            while self.publish_memory.used() > 0 {
+            while self.context.publish_memory.used() > 0 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })

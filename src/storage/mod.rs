@@ -65,7 +65,7 @@ pub use identity::{Identity, STARTS_MAX};
 pub use log::{LogDb, LogMeta};
 pub use options::StoreOptions;
 pub use queue::Done;
-pub use renewal::Renewal;
+pub use renewal::{Renewal, note_damage, noted_damage};
 pub use shared::DamageNote;
 pub use space::Space;
 pub use state::StateDb;

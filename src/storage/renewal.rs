@@ -15,6 +15,8 @@ use crate::model::NodeId;
 
 /// Name of the file.
 pub(super) const RENEWAL_FILE: &str = "RENEWAL";
+/// Name of the file that says which damage was found in what the directory holds.
+const DAMAGED_FILE: &str = "DAMAGED";
 /// What the folders begin with that hold what was set aside.
 pub(super) const ASIDE: &str = "damaged-";
 
@@ -146,6 +148,19 @@ impl Renewal {
             peers: peers?,
         })
     }
+}
+
+/// Notes in a data directory that damage was found while its node ran: the next start would not find it by itself. Goes
+/// with what is set aside. Blocks.
+pub fn note_damage(dir: &Path, what: &str) -> io::Result<()> {
+    identity::write_atomically(dir, DAMAGED_FILE, what)
+}
+
+/// The damage that is noted in a data directory that nobody uses now.
+pub fn noted_damage(dir: &Path) -> Option<String> {
+    let what = fs::read(dir.join(DAMAGED_FILE)).ok()?;
+    let _lock = DirLock::take(dir).ok()?;
+    Some(String::from_utf8_lossy(&what).into_owned())
 }
 
 /// The store that follows a given up one: always the same, so that members that have let it in know it again when whoever

@@ -81,7 +81,8 @@ impl Store {
                 file: opts.dir.join(WITNESS_FILE),
             })?;
         if testimony.one_slot_bad {
-            shared.note_damage(Area::Log, "one of the two slots of the witness was unreadable".into());
+            // The other one has all that is needed: a power failure tears a slot while it is written.
+            tracing::warn!("one of the two slots of the witness is unreadable; it is written anew");
         }
         let opened = log_open::open(&opts, &cache, testimony.mark)?;
         let state = open_state(&opts, &cache, &shared, &lock)?;

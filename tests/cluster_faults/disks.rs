@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::harness::damage::{Part, flip_bit};
+use super::harness::damage::{Part, flip_bit, flip_blob_bit};
 use super::harness::{Cluster, Crowd, History, Options, copy_dir, seed, until};
 use super::random::{name_of, streams};
 use super::replace::{get_well, replace};
@@ -132,6 +132,55 @@ async fn a_node_with_a_damaged_log_is_made_anew() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_with_damaged_state_is_made_anew() {
     made_anew(Part::State).await;
+}
+
+/// What no start looks at, readers find: they get it from another node, and the node is made anew while it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_readers_find_damage_is_made_anew() {
+    const VICTIM: usize = 1;
+    let seed = seed("a_node_whose_readers_find_damage_is_made_anew");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cluster = Cluster::networked(3, Options::plain()).await;
+    let streams = streams(&cluster, false).await;
+    let names: Vec<String> = streams.iter().map(name_of).collect();
+    let history = Arc::new(History::default());
+    let crowd = Crowd::start(&history, &cluster.addresses(), &streams, seed);
+    history.wait_acked(300).await;
+    let found = ["damaged data found"];
+    for attempt in 0.. {
+        assert!(attempt < 20, "SEED={seed}: no damage was found by a reader");
+        // Told to stop: everything is in files then.
+        cluster[VICTIM].term();
+        cluster[VICTIM].wait_exit().await;
+        let data = cluster[VICTIM].data().to_path_buf();
+        for _ in 0..8 {
+            println!("{:?}", flip_blob_bit(&data, &mut rng));
+        }
+        cluster[VICTIM].restart().await;
+        for name in &names {
+            verify::read_all(&cluster, VICTIM, name).await;
+        }
+        if cluster[VICTIM].has_logged(&found) {
+            break;
+        }
+    }
+    let node = &cluster[VICTIM];
+    until("it starts again, without help", async || {
+        node.has_logged(&["the damaged data was set aside"])
+    })
+    .await;
+    cluster.wait().healthy().await;
+    history.wait_acked(history.acked_batches() + 100).await;
+    let counts = crowd.stop().await;
+    let tally = verify::at_every_node(&cluster, &history, &names).await;
+    let tally = tally.unwrap_or_else(|wrong| panic!("SEED={seed}: {wrong:#?}\n{counts}"));
+    println!("{tally:?}\n{counts}");
+    for node in &mut cluster.nodes {
+        node.term();
+        node.wait_exit().await;
+    }
+    let compared = verify::on_disk(&mut cluster).unwrap_or_else(|wrong| panic!("SEED={seed}: {wrong:#?}"));
+    println!("{compared} pairs of batches on disk");
 }
 
 /// What only the damaged disk has is not given up by itself.

@@ -1,13 +1,16 @@
 //! What a cluster says when too little of it is there, and that it does not say more than it knows.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mainstem::wire::v1;
+use mainstem::wire::v1::publish_session_response::Frame;
 
 use super::harness::api::Api;
+use super::harness::batch::{Codec, Record, encode};
 use super::harness::net::Flow;
-use super::harness::{Cluster, Crowd, Failure, History, Options, seed, until};
+use super::harness::{Cluster, Crowd, Failure, History, Options, PATIENCE, seed, until};
 use super::random::{name_of, streams};
 use super::verify;
 
@@ -95,6 +98,100 @@ async fn without_a_quorum_a_publish_is_refused_in_time() {
             _ => assert!(times <= 1, "{text}: stored {times} times"),
         }
     }
+}
+
+/// So does every batch of a session; and what ended as unknown is to be sent again before what was behind it is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_quorum_a_session_is_told_in_time() {
+    const FIRST: u64 = 2;
+    let mut cluster = Cluster::networked(3, Options::plain()).await;
+    streams(&cluster, true).await;
+    let leader = cluster.wait().leader("own").await;
+    let api = cluster[leader].api().await;
+    let mut session = api.session_on("own").await.unwrap();
+    let batch = |number: u64| encode(&[Record::new("own", number.to_string())], Codec::None);
+    session.ask(1, batch(1)).await.unwrap();
+    let others: Vec<usize> = (0..3).filter(|i| *i != leader).collect();
+    for &i in &others {
+        cluster.kill(i).await;
+    }
+    let killed = Instant::now();
+    let (mut sent, mut told) = (Vec::new(), BTreeMap::new());
+    while killed.elapsed() < Duration::from_secs(4) || told.len() < sent.len() {
+        if killed.elapsed() < Duration::from_secs(4) {
+            let number = FIRST + sent.len() as u64;
+            sent.push(Instant::now());
+            let frame = v1::PublishBatch {
+                map_epoch: session.map_epoch(),
+                producer_sequence: number,
+                batch: batch(number),
+                ..v1::PublishBatch::default()
+            };
+            assert!(session.send(frame).await);
+        }
+        let pause = tokio::time::sleep(Duration::from_millis(50));
+        tokio::pin!(pause);
+        loop {
+            let frame = tokio::select! {
+                frame = session.next() => frame.unwrap().expect("the session goes on"),
+                () = &mut pause => break,
+            };
+            match frame {
+                Frame::Error(error) => {
+                    let begun = sent[usize::try_from(error.producer_sequence - FIRST).unwrap()];
+                    told.insert(error.producer_sequence, (begun.elapsed(), Failure::from(error)));
+                }
+                Frame::Ack(ack) => panic!("there is no quorum: {ack:?}"),
+                _ => {}
+            }
+        }
+        assert!(
+            killed.elapsed() < PATIENCE,
+            "{} of {} are answered",
+            told.len(),
+            sent.len()
+        );
+    }
+    let mut times: Vec<Duration> = told.values().map(|(took, _)| *took).collect();
+    times.sort();
+    let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+    println!(
+        "{} batches, told within {median:?} (median), {worst:?} (worst)",
+        times.len()
+    );
+    assert!(median <= PROMISED && worst < PROMISED + SLACK, "{median:?}, {worst:?}");
+    let mut unknown = Vec::new();
+    for (number, (_, failure)) in &told {
+        match failure.retry.as_str() {
+            "did_not_happen" => {}
+            "may_have_happened" => unknown.push(*number),
+            _ => panic!("{failure:?}"),
+        }
+        assert!(
+            failure.message.contains("1 of its 3"),
+            "it has the numbers: {failure:?}"
+        );
+    }
+    assert!(unknown.len() >= 2 && unknown[0] == FIRST, "{unknown:?}");
+    for i in others {
+        cluster[i].restart().await;
+    }
+    acknowledged(&api, "somebody else's").await;
+    // Both are stored by now, most likely; but the first is not acknowledged yet.
+    let failure = session
+        .ask(unknown[1], batch(unknown[1]))
+        .await
+        .expect_err("it is behind");
+    assert_eq!(failure.retry, "did_not_happen", "{failure:?}");
+    for number in FIRST..FIRST + sent.len() as u64 {
+        session.ask(number, batch(number)).await.unwrap();
+    }
+    let stored = api.read_all("own").await.unwrap();
+    let numbers = stored
+        .iter()
+        .map(|m| String::from_utf8_lossy(&m.record.payload).into_owned());
+    let numbers: Vec<u64> = numbers.filter_map(|text| text.parse().ok()).collect();
+    assert_eq!(numbers, (1..FIRST + sent.len() as u64).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread")]

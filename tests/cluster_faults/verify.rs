@@ -8,28 +8,32 @@ use std::time::{Duration, Instant};
 use mainstem::model::Sequence;
 use mainstem::storage::{Store, StoreOptions};
 
-use super::harness::api::{Api, Failure, Read};
+use super::harness::api::{Api, Read};
 use super::harness::history::{Tally, same};
 use super::harness::{Cluster, History, PATIENCE};
 
-/// Reads a stream at a node; what did not work is tried again.
-async fn read_all(cluster: &Cluster, i: usize, stream: &str) -> Vec<Read> {
+/// Reads a stream at a node; what did not work is tried again, also where the node starts itself again meanwhile.
+pub async fn read_all(cluster: &Cluster, i: usize, stream: &str) -> Vec<Read> {
     let begun = Instant::now();
     loop {
         let read = async {
-            Api::connect(&cluster[i].client_addr())
+            let api = Api::connect(&cluster[i].client_addr())
                 .await
-                .expect("it runs")
-                .read_all(stream)
-                .await
+                .map_err(|e| e.to_string())?;
+            Ok::<_, String>(api.read_all(stream).await)
         };
-        let failure: Failure = match tokio::time::timeout(PATIENCE, read).await.expect("an answer") {
-            Ok(all) => return all,
+        let failure = match tokio::time::timeout(PATIENCE, read).await.expect("an answer") {
+            Ok(Ok(all)) => return all,
+            Ok(Err(failure)) => {
+                let may_work = failure.retry != "cannot_work";
+                assert!(may_work, "{stream} at node {i}: {failure:?}\n{}", cluster[i].log());
+                format!("{failure:?}")
+            }
             Err(failure) => failure,
         };
         assert!(
-            failure.retry != "cannot_work" && begun.elapsed() < PATIENCE,
-            "{stream} cannot be read at node {i}: {failure:?}\n{}",
+            begun.elapsed() < PATIENCE,
+            "{stream} cannot be read at node {i}: {failure}\n{}",
             cluster[i].log()
         );
         tokio::time::sleep(Duration::from_millis(100)).await;

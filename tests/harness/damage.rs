@@ -46,12 +46,18 @@ fn one_of(mut files: Vec<PathBuf>, rng: &mut StdRng) -> Option<(PathBuf, Vec<u8>
 }
 
 /// Turns one bit; tells which. Nothing where the part has no files.
-///
-/// Not in what messages hold (blob files): no start reads that. Damage there is found by whoever reads it, told, and served to
-/// nobody, but the node does not begin anew by itself while it runs (decision 0047, open).
 pub fn flip_bit(data: &Path, part: Part, rng: &mut StdRng) -> Option<String> {
-    let mut files = files_of(data, part);
-    files.retain(|file| file.extension().is_none_or(|end| end != "blob"));
+    flip_in(files_of(data, part), rng)
+}
+
+/// Turns one bit of what messages hold, which no start looks at.
+pub fn flip_blob_bit(data: &Path, rng: &mut StdRng) -> Option<String> {
+    let mut files = files_of(data, Part::State);
+    files.retain(|file| file.extension().is_some_and(|end| end == "blob"));
+    flip_in(files, rng)
+}
+
+fn flip_in(files: Vec<PathBuf>, rng: &mut StdRng) -> Option<String> {
     let (file, mut bytes) = one_of(files, rng)?;
     let (at, bit) = (rng.random_range(0..bytes.len()), rng.random_range(0..8));
     bytes[at] ^= 1 << bit;

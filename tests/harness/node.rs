@@ -201,20 +201,10 @@ impl Node {
     pub async fn try_ready(&mut self) -> Result<(), ExitStatus> {
         let start = Instant::now();
         loop {
-            if let Ok(text) = std::fs::read_to_string(self.ports_file()) {
-                let ports: serde_json::Value = serde_json::from_str(&text).expect("the ports file is written at once");
-                let of = |name: &str| ports[name].as_str().expect("an address").to_string();
-                assert_eq!(
-                    ports["pid"].as_u64(),
-                    Some(u64::from(self.pid())),
-                    "the ports file names the process"
-                );
-                self.ports = Some(Ports {
-                    client: of("client"),
-                    monitor: of("monitor"),
-                });
+            if let Some((ports, peer)) = self.told_ports() {
+                self.ports = Some(ports);
                 if self.peer.is_some() {
-                    self.peer = Some(of("peer"));
+                    self.peer = Some(peer.expect("an address"));
                 }
                 self.ready_in = start.elapsed();
                 return Ok(());
@@ -259,10 +249,35 @@ impl Node {
     }
 
     pub fn client_addr(&self) -> String {
-        match (&self.client, &self.ports) {
-            (Some(fixed), _) => fixed.clone(),
-            (None, ports) => ports.as_ref().expect("ready").client.clone(),
+        match &self.client {
+            Some(fixed) => fixed.clone(),
+            None => self.ports_now().client,
         }
+    }
+
+    /// Where it listens now: a node that is made anew starts itself again, at other ports.
+    fn ports_now(&self) -> Ports {
+        let known = self.ports.as_ref().expect("ready");
+        self.told_ports().map_or_else(|| known.clone(), |(ports, _)| ports)
+    }
+
+    /// What it has written of itself when it became ready; the second is its address for peers.
+    fn told_ports(&self) -> Option<(Ports, Option<String>)> {
+        let text = std::fs::read_to_string(self.ports_file()).ok()?;
+        let told: serde_json::Value = serde_json::from_str(&text).expect("the ports file is written at once");
+        if let Some(child) = &self.child {
+            assert_eq!(
+                told["pid"].as_u64(),
+                Some(u64::from(child.id())),
+                "the ports file names the process"
+            );
+        }
+        let of = |name: &str| told[name].as_str().map(str::to_owned);
+        let ports = Ports {
+            client: of("client").expect("an address"),
+            monitor: of("monitor").expect("an address"),
+        };
+        Some((ports, of("peer")))
     }
 
     /// Gives it a listener for peers from the next start on.
@@ -282,7 +297,7 @@ impl Node {
     }
 
     pub fn monitor_addr(&self) -> String {
-        self.ports.as_ref().expect("ready").monitor.clone()
+        self.ports_now().monitor
     }
 
     /// A connection of its own.

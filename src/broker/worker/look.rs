@@ -1,7 +1,8 @@
 //! What is under way and does not get on: who is told that, and when.
 
+use std::collections::VecDeque;
+
 use super::{InFlight, NO_QUORUM, RELAY_PATIENCE, Waiting, Worker};
-use crate::raft::ProposeError;
 use crate::wire::internal as pb;
 
 impl Worker {
@@ -20,21 +21,17 @@ impl Worker {
                 Some(node) => self.router.is_apart(node),
             };
         let lost_looks = if lost { self.lost_looks + 1 } else { 0 };
-        let no_leader = || Err(ProposeError::NotLeader { group, leader: None }.into());
         // However slow the disks of a quorum are, nobody waits for ever who need not.
         let is_over = |f: &InFlight| f.since.elapsed() >= RELAY_PATIENCE;
         let is_late = is_over(front);
         self.lost_looks = lost_looks;
         match (lost_looks >= 2, is_late) {
             (true, true) => {}
-            (true, false) | (false, true) => return self.tell_the_lone(),
+            (true, false) | (false, true) => return self.tell_the_late(),
             (false, false) => return,
         }
-        for waiting in std::mem::take(&mut self.again) {
-            self.conclude(waiting, no_leader());
-        }
-        while let Ok(Some(item)) = self.inbox.try_recv() {
-            self.conclude(item.into(), no_leader());
+        for waiting in std::mem::take(&mut self.failed) {
+            self.conclude(waiting, Err(self.no_leader()));
         }
         while self.in_flight.front().is_some_and(is_over) {
             let Some(front) = self.in_flight.pop_front() else { break };
@@ -43,43 +40,44 @@ impl Worker {
             }
             for mut waiting in front.waiting {
                 waiting.uncertain = true;
-                self.conclude(waiting, no_leader());
+                self.conclude(waiting, Err(self.no_leader()));
             }
+        }
+        while let Some(waiting) = self.next() {
+            self.conclude(waiting, Err(self.no_leader()));
         }
     }
 
-    /// Those without a producer's number are told at once: for them nothing is sent again. The others stay in their order,
-    /// as an answer of theirs must not overtake one before it.
-    fn tell_the_lone(&mut self) {
-        let group = self.group();
-        let no_leader = || Err(ProposeError::NotLeader { group, leader: None }.into());
+    /// Tells those that have waited for as long as is promised. What is under way stays so: its place in the order of entries
+    /// is taken.
+    fn tell_the_late(&mut self) {
+        let is_late = |waiting: &Waiting| waiting.submitted.elapsed() >= NO_QUORUM;
         while let Ok(Some(item)) = self.inbox.try_recv() {
             self.again.push_back(item.into());
         }
-        let queued = std::mem::take(&mut self.again);
-        for waiting in queued {
-            let is_late = waiting.submitted.elapsed() >= NO_QUORUM;
-            match waiting.producer().is_none() && is_late {
-                true => self.conclude(waiting, no_leader()),
-                false => self.again.push_back(waiting),
-            }
-        }
-        let mut told = Vec::new();
+        let (mut late, failed): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.failed).into_iter().partition(is_late);
+        self.failed = failed;
         for entry in self.in_flight.iter_mut().filter(|f| f.since.elapsed() >= NO_QUORUM) {
-            for waiting in entry.waiting.iter_mut().filter(|w| w.producer().is_none()) {
-                if let Some(reply) = waiting.reply.take() {
-                    told.push(Waiting {
-                        item: pb::PublishItem::default(),
-                        submitted: waiting.submitted,
-                        reply: Some(reply),
-                        relayed: waiting.relayed,
-                        uncertain: true,
-                    });
-                }
+            for waiting in &mut entry.waiting {
+                let Some(reply) = waiting.reply.take() else { continue };
+                late.push_back(Waiting {
+                    item: pb::PublishItem {
+                        producer: waiting.item.producer,
+                        ..pb::PublishItem::default()
+                    },
+                    submitted: waiting.submitted,
+                    reply: Some(reply),
+                    relayed: waiting.relayed,
+                    uncertain: true,
+                });
             }
         }
-        for waiting in told {
-            self.conclude(waiting, no_leader());
+        let (queued, again): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.again).into_iter().partition(is_late);
+        self.again = again;
+        for waiting in late.into_iter().chain(queued) {
+            self.conclude(waiting, Err(self.no_leader()));
         }
     }
 }
