@@ -348,7 +348,7 @@ mod tests {
         for outcome in stored.into_iter().chain(refusals.map(ItemOutcome::Refused)) {
             assert_eq!(there_and_back(&Ok(outcome.clone())).expect("an outcome"), outcome);
         }
-        let failures: [PublishError; 9] = [
+        let failures: [PublishError; 11] = [
             ProposeError::NotLeader {
                 group: GROUP,
                 leader: Some(ReplicaId::new(4)),

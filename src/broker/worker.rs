@@ -113,6 +113,8 @@ struct InFlight {
     /// The node it was sent to; `None`: proposed here.
     to: Option<NodeId>,
     sent: Sent,
+    /// It may be in the log. One that did not leave is certain not to be.
+    left: bool,
     since: Instant,
     waiting: Vec<Waiting>,
 }
@@ -329,6 +331,7 @@ impl Worker {
                 group: replica.id,
                 to: None,
                 sent: Sent::Here(pending),
+                left: true,
                 since: Instant::now(),
                 waiting,
             }),
@@ -357,6 +360,7 @@ impl Worker {
                     group,
                     to: Some(node),
                     sent: Sent::There(answer.boxed()),
+                    left: true,
                     since: Instant::now(),
                     waiting,
                 });
@@ -374,6 +378,7 @@ impl Worker {
         self.in_flight.push_back(InFlight {
             group,
             to: None,
+            left: error.retry_class() == RetryClass::MayHaveHappened,
             sent: Sent::There(std::future::ready(Answer::All(error)).boxed()),
             since: Instant::now(),
             waiting,

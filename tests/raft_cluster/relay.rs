@@ -412,11 +412,9 @@ async fn without_a_quorum_a_publish_is_refused_as_not_processed_at_every_node() 
             let error = plane.publish_once(7, None).await.unwrap_err();
             // One may still have been on its way to the leader that ended.
             if error.retry_class() == RetryClass::DidNotHappen
-                && let PublishError::NoQuorum {
-                    live, needed, replicas, ..
-                } = error
+                && let PublishError::NoQuorum { reach, .. } = error
             {
-                assert_eq!((live, needed, replicas), (1, 2, 3));
+                assert_eq!((reach.live, reach.needed, reach.replicas), (1, 2, 3));
                 break;
             }
             assert!(begun.elapsed() < PATIENCE, "{error}");

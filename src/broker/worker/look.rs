@@ -39,7 +39,7 @@ impl Worker {
                 self.router.lost(group, node);
             }
             for mut waiting in front.waiting {
-                waiting.uncertain = true;
+                waiting.uncertain |= front.left;
                 self.conclude(waiting, Err(self.no_leader()));
             }
         }
@@ -69,7 +69,7 @@ impl Worker {
                     submitted: waiting.submitted,
                     reply: Some(reply),
                     relayed: waiting.relayed,
-                    uncertain: true,
+                    uncertain: waiting.uncertain || entry.left,
                 });
             }
         }
