@@ -183,6 +183,58 @@ async fn a_node_whose_readers_find_damage_is_made_anew() {
     println!("{compared} pairs of batches on disk");
 }
 
+/// A damaged node that is needed for a quorum goes on, through a start of its own as well, and is made anew when the others
+/// can do without.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_node_goes_on_while_it_is_needed() {
+    const VICTIM: usize = 1;
+    const AWAY: usize = 2;
+    let seed = seed("a_damaged_node_goes_on_while_it_is_needed");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cluster = Cluster::networked(3, Options::plain()).await;
+    let streams = streams(&cluster, false).await;
+    let names: Vec<String> = streams.iter().map(name_of).collect();
+    let history = Arc::new(History::default());
+    let crowd = Crowd::start(&history, &cluster.addresses(), &streams, seed);
+    for attempt in 0.. {
+        assert!(attempt < 20, "SEED={seed}: no damage was found by a reader");
+        history.wait_acked(history.acked_batches() + 300).await;
+        for i in [VICTIM, AWAY] {
+            cluster[i].term();
+            cluster[i].wait_exit().await;
+        }
+        let data = cluster[VICTIM].data().to_path_buf();
+        for _ in 0..8 {
+            println!("{:?}", flip_blob_bit(&data, &mut rng));
+        }
+        cluster[VICTIM].restart().await;
+        for name in &names {
+            verify::read_all(&cluster, VICTIM, name).await;
+        }
+        if cluster[VICTIM].has_logged(&["damaged data found"]) {
+            break;
+        }
+        cluster[AWAY].restart().await;
+    }
+    let refused = ["cannot be given up while"];
+    until("the others do not agree", async || cluster[VICTIM].has_logged(&refused)).await;
+    history.wait_acked(history.acked_batches() + 200).await;
+    cluster.kill(VICTIM).await;
+    cluster[VICTIM].restart().await;
+    assert!(cluster[VICTIM].has_logged(&["the node starts on its damaged data"]));
+    history.wait_acked(history.acked_batches() + 200).await;
+    let aside = ["the damaged data was set aside"];
+    assert!(!cluster[VICTIM].has_logged(&aside));
+    cluster[AWAY].restart().await;
+    until("it is made anew", async || cluster[VICTIM].has_logged(&aside)).await;
+    cluster.wait().healthy().await;
+    history.wait_acked(history.acked_batches() + 100).await;
+    let counts = crowd.stop().await;
+    let tally = verify::at_every_node(&cluster, &history, &names).await;
+    let tally = tally.unwrap_or_else(|wrong| panic!("SEED={seed}: {wrong:#?}\n{counts}"));
+    println!("{tally:?}\n{counts}");
+}
+
 /// What only the damaged disk has is not given up by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_only_copy_is_not_given_up() {
