@@ -9,9 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use harness::api::{Api, Event, Failure, Read};
+use harness::damage::flip_blob_bit;
 use harness::load::{Load, Shape};
 use harness::{History, Node, Options, until};
 use mainstem::wire::v1;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use tonic::Code;
 
 fn message(subject: &str, payload: Vec<u8>) -> v1::Message {
@@ -297,6 +300,49 @@ fn damage(file: &Path, how: Damage) {
     if !matches!(how, Damage::Remove) {
         std::fs::write(file, bytes).unwrap();
     }
+}
+
+/// Nobody else has what a lone node has: what is damaged is told as that, and nothing new is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_alone_withholds_what_is_damaged() {
+    const SIZE: usize = 20_000;
+    const COUNT: u64 = 20;
+    let mut rng = StdRng::seed_from_u64(harness::seed("a_node_alone_withholds_what_is_damaged"));
+    let mut node = Node::start(Options::plain()).await;
+    let api = node.api().await;
+    api.create_simple("s", 1).await;
+    for n in 1..=COUNT {
+        publish(&api, n, SIZE).await.unwrap();
+    }
+    node.term();
+    node.wait_exit().await;
+    println!("{:?}", flip_blob_bit(node.data(), &mut rng));
+    node.restart().await;
+    let api = node.api().await;
+    let mut refused = 0;
+    for n in 1..=COUNT {
+        match api.get("s", 0, n).await {
+            Ok(m) => assert!(m.message.unwrap().payload == payload(n, SIZE), "{n} was changed"),
+            Err(failure) => {
+                let told = (failure.code, failure.reason.as_str(), failure.retry.as_str());
+                assert_eq!(told, (Code::DataLoss, "DAMAGED", "cannot_work"), "{failure:?}");
+                refused += 1;
+            }
+        }
+    }
+    // A bit between two records, which nobody reads, is possible and rare.
+    assert!(refused <= 1, "{refused} of {COUNT} are withheld for one bit");
+    if refused == 1 {
+        let failure = api.read_all("s").await.unwrap_err();
+        assert_eq!((failure.code, failure.reason.as_str()), (Code::DataLoss, "DAMAGED"));
+        let failure = publish(&api, COUNT + 1, SIZE).await.unwrap_err();
+        assert_eq!(
+            (failure.reason.as_str(), failure.retry.as_str()),
+            ("DAMAGED", "cannot_work")
+        );
+        assert!(alarmed(&api.info().await.unwrap(), "damaged"));
+    }
+    assert!(node.runs());
 }
 
 /// What became of a node with a damaged file.

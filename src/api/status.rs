@@ -214,7 +214,7 @@ impl From<ReadError> for Refusal {
             ReadError::Overloaded { .. } | ReadError::NoMemory | ReadError::NotReading { .. } => {
                 (Code::ResourceExhausted, None)
             }
-            ReadError::Damaged(_) => (Code::DataLoss, None),
+            ReadError::Damaged(_) | ReadError::DamagedEverywhere(_) => (Code::DataLoss, None),
             ReadError::Storage(_) => (Code::Internal, None),
         };
         Self {

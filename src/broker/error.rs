@@ -257,6 +257,8 @@ pub enum ReadError {
     NotReading { seconds: u64 },
     #[error("stored data is damaged and is not served: {0}")]
     Damaged(String),
+    #[error("no node that has it can read it, and it is not served: {0}")]
+    DamagedEverywhere(String),
     #[error("the storage failed: {0}")]
     Storage(String),
 }
@@ -275,7 +277,7 @@ impl ReadError {
             ReadError::Removed => "STREAM_REMOVED",
             ReadError::Stopping => "STOPPING",
             ReadError::Overloaded { .. } | ReadError::NoMemory | ReadError::NotReading { .. } => "OVERLOADED",
-            ReadError::Damaged(_) => "DAMAGED",
+            ReadError::Damaged(_) | ReadError::DamagedEverywhere(_) => "DAMAGED",
             ReadError::Storage(_) => "STORAGE_FAILED",
         }
     }
@@ -296,7 +298,8 @@ impl ReadError {
             | ReadError::Deleted(_)
             | ReadError::NoMessage(_)
             | ReadError::Removed
-            | ReadError::Damaged(_) => RetryClass::CannotWork,
+            | ReadError::Damaged(_)
+            | ReadError::DamagedEverywhere(_) => RetryClass::CannotWork,
         }
     }
 }

@@ -31,9 +31,13 @@ pub(super) fn relayed(router: &Router, node: NodeId, group: GroupId, answer: Res
     };
     match pb::RelayPublished::decode(answer).ok().and_then(|a| a.result) {
         Some(pb::relay_published::Result::Outcomes(outcomes)) => {
-            router.leads(group, node);
             let outcomes = outcomes.outcomes.into_iter();
             let outcomes: Vec<Outcome> = outcomes.map(|o| outcome_from_pb(group, o)).collect();
+            // A leader without a quorum may be one no more: others are asked as well.
+            match outcomes.iter().all(is_without_quorum) {
+                true => router.lost(group, node),
+                false => router.leads(group, node),
+            }
             // The whole shard has moved: all of an entry, or nothing.
             match outcomes.first() {
                 Some(Err(e @ PublishError::Moved { .. })) => Answer::All(e.clone()),
@@ -46,6 +50,15 @@ pub(super) fn relayed(router: &Router, node: NodeId, group: GroupId, answer: Res
         }
         None => unknown(),
     }
+}
+
+fn is_without_quorum(outcome: &Outcome) -> bool {
+    matches!(
+        outcome,
+        Err(PublishError::Propose(ProposeError::NotLeader { .. })
+            | PublishError::NoQuorum { .. }
+            | PublishError::Unconfirmed { .. })
+    )
 }
 
 /// What a call that was not answered is to its batches.

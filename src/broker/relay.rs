@@ -10,9 +10,10 @@ use futures_util::future::BoxFuture;
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::error::PublishError;
+use super::error::{PublishError, ReadError};
 use super::ingest::{Item, Outcome, ReplyTo};
-use super::reader::FILL_BYTES;
+use super::reader::{FILL_BYTES, damaged, storage};
+
 use super::relay_codec::{outcome_to_pb, positions_from_pb, positions_to_pb};
 use super::remote::{POLL, news};
 use super::{Broker, purge};
@@ -66,6 +67,18 @@ pub(super) fn malformed(e: impl std::fmt::Display) -> CallFailure {
     CallFailure {
         message: format!("the call cannot be read: {e}"),
         retry: RetryClass::CannotWork,
+    }
+}
+
+/// What is damaged here cannot be read here.
+fn unread(e: &ReadError) -> CallFailure {
+    let is_damaged = matches!(e, ReadError::Damaged(_));
+    CallFailure {
+        message: e.to_string(),
+        retry: match is_damaged {
+            true => RetryClass::CannotWork,
+            false => RetryClass::DidNotHappen,
+        },
     }
 }
 
@@ -291,7 +304,7 @@ async fn fetch(broker: Arc<Broker>, payload: Bytes, place: OwnedSemaphorePermit)
         let (shard, state) = (here.shared.shard, groups.state());
         let batches = match here.shared.recent_from(from, bytes_max) {
             Some(recent) => recent,
-            None => state.read_batches(shard, from, bytes_max).map_err(|e| e.to_string())?,
+            None => state.read_batches(shard, from, bytes_max).map_err(storage)?,
         };
         let batches = batches.into_iter().map(|batch| {
             Ok(pb::RelayBatch {
@@ -299,20 +312,24 @@ async fn fetch(broker: Arc<Broker>, payload: Bytes, place: OwnedSemaphorePermit)
                 append_time_us: batch.append_time.get(),
                 term: batch.term.get(),
                 record_count: batch.record_count,
-                holes: state.holes(shard, batch.base).map_err(|e| e.to_string())?,
+                holes: state.holes(shard, batch.base).map_err(damaged)?,
                 rejected: batch.rejected,
                 crc: crc32fast::hash(&batch.batch),
                 batch: batch.batch,
             })
         });
-        let batches = batches.collect::<Result<Vec<_>, String>>()?;
+        let batches = batches.collect::<Result<Vec<_>, ReadError>>()?;
         if !groups.holds(here.shared.group()) {
-            return Err(format!("the replica of {} has left this node", here.group.id));
+            let left = format!("the replica of {} has left this node", here.group.id);
+            return Err(ReadError::Unreachable(left));
         }
         let result = pb::relay_fetched::Result::Batches(pb::RelayBatches { batches });
-        Ok::<_, String>(pb::RelayFetched { result: Some(result) }.encode_to_vec())
+        Ok(pb::RelayFetched { result: Some(result) }.encode_to_vec())
     });
-    let bytes = read.await.map_err(|e| refused(e.to_string()))?.map_err(refused)?;
+    let bytes = read
+        .await
+        .map_err(|e| refused(e.to_string()))?
+        .map_err(|e| unread(&e))?;
     Ok(Bytes::from_owner(Held { bytes, _place: place }))
 }
 
@@ -338,6 +355,6 @@ async fn look_up(broker: Arc<Broker>, payload: Bytes) -> Answer {
             broker.producer_here(shared, producer.producer_id, producer.epoch)
         }
     };
-    let number = number.map_err(|e| refused(broker.noted(shared.shard, e).to_string()))?;
+    let number = number.map_err(|e| unread(&e))?;
     answer(pb::relay_looked_up::Result::Found(pb::RelayFound { number }))
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::error::{Reach, ReadError};
+use crate::base::RetryClass;
 use crate::control::view::View;
 use crate::machine::placement::voters_of;
 use crate::model::{GroupId, NodeId, ReplicaId};
@@ -86,10 +87,13 @@ impl Router {
 
     /// The nodes of a group's replicas, without this one.
     pub fn others(&self, group: GroupId) -> Vec<NodeId> {
-        let own = self.peers.as_ref().map(Peers::node);
+        // Without peers every replica is here.
+        let Some(own) = self.peers.as_ref().map(Peers::node) else {
+            return Vec::new();
+        };
         let place = self.view.group(group);
         let nodes = place.iter().flat_map(|p| &p.replicas).map(|(_, node)| *node);
-        nodes.filter(|node| Some(*node) != own).collect()
+        nodes.filter(|node| *node != own).collect()
     }
 
     /// Where a proposal goes.
@@ -183,6 +187,15 @@ impl Router {
         links.iter().any(|link| link.node == node && !link.up)
     }
 
+    /// Whether the replica here has not heard of a leader for a while.
+    pub fn is_silent(&self, group: GroupId) -> bool {
+        let local = self.groups.get(group).filter(|local| !local.leads());
+        local.is_some_and(|local| {
+            let silent = SILENT.max(local.heartbeat() * 4);
+            local.freshness().heard.is_some_and(|ago| ago >= silent)
+        })
+    }
+
     /// The numbers of a group that has no quorum, as far as can be told here: by who answers the leader if that is here,
     /// else by who is connected. While members change the catalog is not what decides: a leader that is answered has a
     /// quorum.
@@ -215,7 +228,8 @@ impl Router {
         let mut all: Vec<NodeId> = first.into_iter().collect();
         if ask == Ask::AnyReplica {
             all.extend(self.others(group).into_iter().filter(|node| Some(*node) != first));
-            all.sort_by_key(|node| Some(*node) == own);
+            all.retain(|node| Some(*node) != own);
+            all.extend(own.filter(|_| self.groups.get(group).is_some()));
         }
         all
     }
@@ -236,7 +250,10 @@ impl Router {
         let begun = Instant::now();
         let mut last = format!("nobody knows who leads {group}");
         loop {
-            for node in self.candidates(group, ask) {
+            let candidates = self.candidates(group, ask);
+            let mut damaged = 0;
+            for node in &candidates {
+                let node = *node;
                 let left = patience.saturating_sub(begun.elapsed());
                 let left = if method == PeerMethod::Positions {
                     left
@@ -260,10 +277,14 @@ impl Router {
                     }
                     Ok(Told::Nonsense) => last = format!("node {node} answers in a way this version does not know"),
                     Err(e) => {
+                        damaged += usize::from(e.refused && e.retry == RetryClass::CannotWork);
                         last = e.message;
                         self.lost(group, node);
                     }
                 }
+            }
+            if damaged > 0 && damaged == candidates.len() {
+                return Err(ReadError::DamagedEverywhere(last));
             }
             if begun.elapsed() + READ_PAUSE >= patience {
                 return Err(ReadError::Unreachable(last));

@@ -60,8 +60,10 @@ const ELECTION: Duration = Duration::from_secs(5);
 const NO_QUORUM: Duration = Duration::from_millis(1_700);
 /// What was sent to the leader's node and is not answered by then is unknown, or sent again.
 const RELAY_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a call may take to leave this node.
+/// How long a call may take to leave this node …
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+/// … where the connection is broken: others wait behind it.
+const LEAVE_PATIENCE_APART: Duration = Duration::from_millis(200);
 /// Between attempts: the first, doubling up to the last. A new leader ends the pause.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(250);
@@ -237,7 +239,7 @@ impl Worker {
             } else {
                 bytes += waiting.item.batch.len();
                 body_bytes += body_of(&waiting.item);
-                gathered.push(waiting);
+                gathered.push(self.taken(waiting));
             }
             let has_room = bytes < ENTRY_BYTES && body_bytes < ENTRY_BODY_BYTES && gathered.len() < ENTRY_ITEMS_MAX;
             next = if has_room { self.next() } else { None };
@@ -252,9 +254,17 @@ impl Worker {
     }
 
     /// Whether its producer must send another one again first.
-    fn is_behind(&mut self, waiting: &Waiting) -> bool {
+    fn is_behind(&self, waiting: &Waiting) -> bool {
         let stamp = waiting.item.producer.as_ref().filter(|_| !waiting.relayed);
         stamp.is_some_and(|stamp| self.given_up.is_behind(stamp))
+    }
+
+    /// A batch whose turn it is. What ended as unknown before may be stored, however this attempt ends.
+    fn taken(&mut self, mut waiting: Waiting) -> Waiting {
+        if let Some(stamp) = waiting.item.producer.as_ref().filter(|_| !waiting.relayed) {
+            waiting.uncertain |= self.given_up.take(stamp);
+        }
+        waiting
     }
 
     fn no_leader(&self) -> PublishError {
@@ -353,7 +363,11 @@ impl Worker {
         let method = crate::raft::transport::PeerMethod::Publish;
         let leaving = peers.begin_call(node, method, payload, RELAY_PATIENCE);
         let router = self.router.clone();
-        match tokio::time::timeout(LEAVE_PATIENCE, leaving).await {
+        let patience = match router.is_apart(node) {
+            true => LEAVE_PATIENCE_APART,
+            false => LEAVE_PATIENCE,
+        };
+        match tokio::time::timeout(patience, leaving).await {
             Ok(Ok(call)) => {
                 let answer = async move { relayed(&router, node, group, call.answer().await) };
                 self.in_flight.push_back(InFlight {
@@ -546,15 +560,16 @@ impl Worker {
             }
             outcome @ (Ok(_) | Err(_)) => outcome,
         };
-        if waiting.uncertain
-            && !waiting.relayed
-            && outcome.is_err()
-            && let Some(stamp) = &waiting.item.producer
-        {
-            self.given_up.note(stamp);
-        }
+        let stamp = waiting.item.producer.filter(|_| !waiting.relayed);
         if let Some((reply, permit)) = waiting.reply.take() {
+            let is_unknown = outcome.is_err() && waiting.uncertain;
+            let is_stored = outcome.is_ok();
             tell(&self.metrics, waiting.relayed, reply, permit, outcome);
+            match stamp {
+                Some(stamp) if is_stored => self.given_up.answered(&stamp),
+                Some(stamp) if is_unknown && self.given_up.note(&stamp) => self.end_behind(&stamp),
+                Some(_) | None => {}
+            }
         }
     }
 }

@@ -8,15 +8,19 @@ use super::engine::{Context, StartError};
 use super::start::{HAND_OVER_MAX, WATCH_EVERY, facts};
 use crate::base::AlarmKind;
 use crate::control::Control;
-use crate::storage::{Identity, Renewal, Store, note_damage, noted_damage};
+use crate::storage::{Identity, Renewal, Store, held_and_free, note_damage, noted_damage};
 
 /// How long a start waits for the members to agree, where an earlier run of the node has found damage. A start finds none:
 /// the node can do without, and goes on asking while it runs.
 const ASK_AT_START: Duration = Duration::from_secs(5);
-/// Between two attempts to begin anew.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
-/// How often a damaged node looks whether it leads anything that others could lead.
-const STAND_BACK_EVERY: Duration = Duration::from_secs(1);
+/// How long one attempt takes while the node runs, and the pause behind it: the first, doubling up to the last.
+const ASK: Duration = Duration::from_secs(10);
+const ASK_AGAIN_MIN: Duration = Duration::from_secs(2);
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(30);
+/// How often a damaged node looks whether it leads anything that others could lead: the first time, doubling up to the last, as
+/// the others may be damaged, too.
+const STAND_BACK_MIN: Duration = Duration::from_secs(1);
+const STAND_BACK_MAX: Duration = Duration::from_secs(30);
 
 /// Before a start: goes on with what an earlier run has begun. Returns damage that it has noted, if the members do not agree
 /// now that the node begins anew.
@@ -28,14 +32,18 @@ pub(super) async fn go_on(context: &Context) -> Result<Option<String>, StartErro
     let Some(why) = noted_damage(&context.config.node.data_dir) else {
         return Ok(None);
     };
-    let reason = match tokio::time::timeout(ASK_AT_START, agree(context, &why)).await {
+    let asked = async {
+        has_space(context)?;
+        agree(context, &why).await.map_err(|e| e.to_string())
+    };
+    let reason = match tokio::time::timeout(ASK_AT_START, asked).await {
         Ok(Ok(())) => {
             if let Some(renewal) = under_way(context)? {
                 set_aside(context, renewal).await?;
             }
             return Ok(None);
         }
-        Ok(Err(error)) => error.to_string(),
+        Ok(Err(reason)) => reason,
         Err(_) => format!("they did not agree within {ASK_AT_START:?}"),
     };
     tracing::warn!(
@@ -70,15 +78,25 @@ pub(super) async fn given_up(context: &Context, store: &Store, control: &Control
     };
     context.alarms.raise(AlarmKind::Damaged, why.clone());
     let stand_back = async {
+        let mut pause = STAND_BACK_MIN;
         loop {
             control.hand_over(HAND_OVER_MAX).await;
-            tokio::time::sleep(STAND_BACK_EVERY).await;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(STAND_BACK_MAX);
         }
     };
     let ask = async {
-        while let Err(reason) = noted_and_agreed(context, store, &why).await {
+        let mut pause = ASK_AGAIN_MIN;
+        loop {
+            let asked = tokio::time::timeout(ASK, noted_and_agreed(context, &why)).await;
+            let reason = match asked {
+                Ok(Ok(())) => return,
+                Ok(Err(reason)) => reason,
+                Err(_) => format!("the others did not agree within {ASK:?}"),
+            };
             tracing::error!(reason, "the node goes on with damaged data: it cannot begin anew now");
-            tokio::time::sleep(ASK_AGAIN).await;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(ASK_AGAIN_MAX);
         }
     };
     tokio::select! {
@@ -87,17 +105,23 @@ pub(super) async fn given_up(context: &Context, store: &Store, control: &Control
     }
 }
 
-async fn noted_and_agreed(context: &Context, store: &Store, why: &str) -> Result<(), String> {
-    let (space, reserve) = (store.space(), store.options().min_free_bytes);
-    let needed = space.held.saturating_add(reserve);
-    if space.free < needed {
-        return Err(format!(
-            "what it has is set aside, not deleted, and is received again beside it: {needed} bytes must be free, {} are",
-            space.free
-        ));
-    }
+async fn noted_and_agreed(context: &Context, why: &str) -> Result<(), String> {
     note(context, why.to_owned()).await?;
+    has_space(context)?;
     agree(context, why).await.map_err(|e| e.to_string())
+}
+
+/// What is set aside stays, and is received again beside it.
+fn has_space(context: &Context) -> Result<(), String> {
+    let config = &context.config;
+    let (held, free) = held_and_free(&config.node.data_dir).map_err(|e| format!("its size is not known: {e}"))?;
+    let needed = held.saturating_add(config.storage.min_free.0);
+    match free < needed {
+        true => Err(format!(
+            "what it has is set aside, not deleted, and is received again beside it: {needed} bytes must be free, {free} are"
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Notes damage in the data directory, for the next start.

@@ -312,7 +312,9 @@ impl Node {
         self.end_tasks().await;
         // What is damaged may also be found by a write, which ends the store for good: the next start asks the others.
         let is_damaged = self.peer.is_some() && self.alarms.is_on(AlarmKind::Damaged);
-        if matches!(end, End::GivenUp) || (is_damaged && matches!(end, End::Broken(_))) {
+        let anew = matches!(end, End::GivenUp) || (is_damaged && matches!(end, End::Broken(_)));
+        // Who was told to stop in the meantime stops: the next start goes on.
+        if anew && !stop.is_cancelled() {
             if let Err(error) = closed {
                 tracing::warn!(error, "closing failed");
             }

@@ -67,7 +67,7 @@ pub use options::StoreOptions;
 pub use queue::Done;
 pub use renewal::{Renewal, note_damage, noted_damage};
 pub use shared::DamageNote;
-pub use space::Space;
+pub use space::{Space, held_and_free};
 pub use state::StateDb;
 pub use state_batch::StateBatch;
 pub use state_compare::Compared;

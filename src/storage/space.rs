@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::error::Area;
 use super::metric_names as names;
 use super::shared::Shared;
 
@@ -77,6 +78,22 @@ impl SpaceMeter {
             live_estimate: self.live.load(Ordering::Relaxed),
         }
     }
+}
+
+/// Bytes that both databases hold in a data directory, and those that are free beside it. Blocks for a moment.
+pub fn held_and_free(dir: &Path) -> std::io::Result<(u64, u64)> {
+    let mut held = 0;
+    for area in [Area::Log, Area::State] {
+        for entry in std::fs::read_dir(dir.join(area.as_str()))? {
+            match entry?.metadata() {
+                Ok(file) => held += file.len(),
+                // Databases that are open remove files.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok((held, file_system_space(dir)?.0))
 }
 
 /// Free and total bytes of the file system that holds `dir`.

@@ -1,5 +1,6 @@
 //! Producers of whose batches one ended as unknown. Were one behind it taken now, it might be acknowledged before the one
-//! that was given up is sent again, though both are in order in the log. So those behind it are not taken until then.
+//! that was given up is sent again, though both are in order in the log. So those behind it are not taken until then. And
+//! what ended as unknown may be stored, however its next attempt ends.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -9,42 +10,76 @@ use tokio::time::Instant;
 use crate::wire::internal as pb;
 
 /// How long a producer has to send again what ended as unknown. Who does not by then does not want to, and goes on.
-const FOR: Duration = Duration::from_secs(10);
-/// From so many producers on, those whose time is over are looked for.
+const BEHIND_FOR: Duration = Duration::from_secs(10);
+/// How long is known what ended as unknown, if it is not answered otherwise.
+const KNOWN_FOR: Duration = Duration::from_secs(600);
+/// From so many producers on, those whose time is over are looked for; of so many no more is known than must be.
 const MANY: usize = 1_024;
 
-/// By producer and epoch: the first number that ended as unknown, and when.
+#[derive(Debug)]
+struct Mark {
+    /// The number to be sent again next.
+    next: u64,
+    /// The last that ended as unknown.
+    last: u64,
+    since: Instant,
+}
+
+/// By producer and epoch.
 #[derive(Debug, Default)]
-pub(super) struct GivenUp(HashMap<(u64, u64), (u64, Instant)>);
+pub(super) struct GivenUp(HashMap<(u64, u64), Mark>);
 
 impl GivenUp {
-    /// A batch ended as unknown.
-    pub fn note(&mut self, stamp: &pb::ProducerStamp) {
+    /// A batch ended as unknown. Whether it is the first of its producer, or before the first.
+    pub fn note(&mut self, stamp: &pb::ProducerStamp) -> bool {
         if self.0.len() >= MANY {
-            self.0.retain(|_, (_, since)| since.elapsed() < FOR);
+            self.0.retain(|_, mark| mark.since.elapsed() < KNOWN_FOR);
         }
-        let known = self.0.entry((stamp.producer_id, stamp.epoch));
-        let (first, since) = known.or_insert((stamp.sequence, Instant::now()));
-        if stamp.sequence <= *first {
-            (*first, *since) = (stamp.sequence, Instant::now());
+        if self.0.len() >= MANY {
+            self.0.retain(|_, mark| mark.since.elapsed() < BEHIND_FOR);
         }
+        let (sequence, since) = (stamp.sequence, Instant::now());
+        let mark = self.0.entry((stamp.producer_id, stamp.epoch)).or_insert(Mark {
+            next: u64::MAX,
+            last: sequence,
+            since,
+        });
+        mark.last = mark.last.max(sequence);
+        let is_first = sequence < mark.next;
+        if is_first {
+            (mark.next, mark.since) = (sequence, since);
+        }
+        is_first
     }
 
-    /// Whether one before this batch is to be sent again first. That one ends the waiting.
-    pub fn is_behind(&mut self, stamp: &pb::ProducerStamp) -> bool {
+    /// Whether one before this batch is to be sent again first.
+    pub fn is_behind(&self, stamp: &pb::ProducerStamp) -> bool {
         // Asked for each batch: what is common costs nothing.
         if self.0.is_empty() {
             return false;
         }
-        let producer = (stamp.producer_id, stamp.epoch);
-        let Some((first, since)) = self.0.get(&producer) else {
+        let mark = self.0.get(&(stamp.producer_id, stamp.epoch));
+        mark.is_some_and(|mark| stamp.sequence > mark.next && mark.since.elapsed() < BEHIND_FOR)
+    }
+
+    /// A batch that is not behind is sent: the next one may follow. Whether it ended as unknown before.
+    pub fn take(&mut self, stamp: &pb::ProducerStamp) -> bool {
+        if self.0.is_empty() {
+            return false;
+        }
+        let Some(mark) = self.0.get_mut(&(stamp.producer_id, stamp.epoch)) else {
             return false;
         };
-        if stamp.sequence > *first && since.elapsed() < FOR {
-            return true;
+        mark.next = stamp.sequence.saturating_add(1);
+        stamp.sequence <= mark.last
+    }
+
+    /// The machine's word on a batch is told: with the last one all are answered.
+    pub fn answered(&mut self, stamp: &pb::ProducerStamp) {
+        let producer = (stamp.producer_id, stamp.epoch);
+        if !self.0.is_empty() && self.0.get(&producer).is_some_and(|mark| stamp.sequence >= mark.last) {
+            self.0.remove(&producer);
         }
-        self.0.remove(&producer);
-        false
     }
 }
 
@@ -63,32 +98,41 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_behind_waits_for_the_first_that_was_given_up() {
         let mut given_up = GivenUp::default();
-        given_up.note(&stamp(1, 1, 7));
-        given_up.note(&stamp(1, 1, 8));
+        assert!(given_up.note(&stamp(1, 1, 7)));
+        assert!(!given_up.note(&stamp(1, 1, 8)));
         assert!(given_up.is_behind(&stamp(1, 1, 8)));
         assert!(given_up.is_behind(&stamp(1, 1, 9)));
         // Other producers, and a later epoch of this one, have nothing to wait for.
         assert!(!given_up.is_behind(&stamp(2, 1, 9)));
         assert!(!given_up.is_behind(&stamp(1, 2, 9)));
-        // It is sent again, and those behind it.
+        // It is sent again, and those behind it, one after the other.
         assert!(!given_up.is_behind(&stamp(1, 1, 7)));
+        assert!(given_up.take(&stamp(1, 1, 7)), "it may be stored");
         assert!(!given_up.is_behind(&stamp(1, 1, 8)));
+        assert!(given_up.is_behind(&stamp(1, 1, 9)));
+        assert!(given_up.take(&stamp(1, 1, 8)));
+        assert!(!given_up.is_behind(&stamp(1, 1, 9)));
+        assert!(!given_up.take(&stamp(1, 1, 9)), "it was never sent");
+        // The first answer is not the last.
+        given_up.answered(&stamp(1, 1, 7));
+        assert!(given_up.take(&stamp(1, 1, 8)));
+        given_up.answered(&stamp(1, 1, 8));
+        assert!(given_up.0.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn it_may_be_given_up_again_and_does_not_wait_for_ever() {
         let mut given_up = GivenUp::default();
         given_up.note(&stamp(1, 1, 7));
-        assert!(!given_up.is_behind(&stamp(1, 1, 7)));
-        given_up.note(&stamp(1, 1, 7));
-        tokio::time::advance(FOR / 2).await;
+        given_up.note(&stamp(1, 1, 9));
+        given_up.take(&stamp(1, 1, 7));
+        given_up.take(&stamp(1, 1, 8));
+        assert!(given_up.note(&stamp(1, 1, 7)), "those under way behind it end with it");
+        tokio::time::advance(BEHIND_FOR / 2).await;
         assert!(given_up.is_behind(&stamp(1, 1, 8)));
-        // One before it, of an entry that was under way for longer.
-        given_up.note(&stamp(1, 1, 6));
-        tokio::time::advance(FOR / 2).await;
-        assert!(given_up.is_behind(&stamp(1, 1, 7)));
-        tokio::time::advance(FOR / 2).await;
+        tokio::time::advance(BEHIND_FOR / 2).await;
         assert!(!given_up.is_behind(&stamp(1, 1, 8)));
+        assert!(given_up.take(&stamp(1, 1, 8)), "what ended as unknown is remembered");
     }
 
     #[tokio::test(start_paused = true)]
@@ -97,7 +141,7 @@ mod tests {
         for producer in 0..MANY as u64 {
             given_up.note(&stamp(producer, 1, 1));
         }
-        tokio::time::advance(FOR).await;
+        tokio::time::advance(BEHIND_FOR).await;
         given_up.note(&stamp(u64::MAX, 1, 1));
         assert_eq!(given_up.0.len(), 1);
     }

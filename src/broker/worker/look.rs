@@ -17,8 +17,8 @@ impl Worker {
         let lost = front.since.elapsed() >= NO_QUORUM
             && match front.to {
                 None => self.router.without_quorum(group).is_some(),
-                // The leader there knows whether it has a quorum, and says so.
-                Some(node) => self.router.is_apart(node),
+                // The leader there knows whether it has a quorum, and says so, unless it stands still.
+                Some(node) => self.router.is_apart(node) || self.router.is_silent(group),
             };
         let lost_looks = if lost { self.lost_looks + 1 } else { 0 };
         // However slow the disks of a quorum are, nobody waits for ever who need not.
@@ -59,19 +59,7 @@ impl Worker {
             std::mem::take(&mut self.failed).into_iter().partition(is_late);
         self.failed = failed;
         for entry in self.in_flight.iter_mut().filter(|f| f.since.elapsed() >= NO_QUORUM) {
-            for waiting in &mut entry.waiting {
-                let Some(reply) = waiting.reply.take() else { continue };
-                late.push_back(Waiting {
-                    item: pb::PublishItem {
-                        producer: waiting.item.producer,
-                        ..pb::PublishItem::default()
-                    },
-                    submitted: waiting.submitted,
-                    reply: Some(reply),
-                    relayed: waiting.relayed,
-                    uncertain: waiting.uncertain || entry.left,
-                });
-            }
+            late.extend(entry.take_out(|_| true));
         }
         let (queued, again): (VecDeque<_>, VecDeque<_>) =
             std::mem::take(&mut self.again).into_iter().partition(is_late);
@@ -79,5 +67,44 @@ impl Worker {
         for waiting in late.into_iter().chain(queued) {
             self.conclude(waiting, Err(self.no_leader()));
         }
+    }
+
+    /// What a producer has under way behind a batch that ended as unknown ends with it: it may be answered at any moment, and
+    /// that one only after it was sent again.
+    pub(super) fn end_behind(&mut self, stamp: &pb::ProducerStamp) {
+        let is_behind = |waiting: &Waiting| {
+            let of = waiting.item.producer.as_ref().filter(|_| !waiting.relayed);
+            of.is_some_and(|of| {
+                (of.producer_id, of.epoch) == (stamp.producer_id, stamp.epoch) && of.sequence > stamp.sequence
+            })
+        };
+        let mut behind = Vec::new();
+        for entry in &mut self.in_flight {
+            behind.extend(entry.take_out(is_behind));
+        }
+        for waiting in behind {
+            self.conclude(waiting, Err(self.no_leader()));
+        }
+    }
+}
+
+impl InFlight {
+    /// Takes out who is to be told now; the batches stay under way.
+    fn take_out(&mut self, which: impl Fn(&Waiting) -> bool) -> Vec<Waiting> {
+        let mut taken = Vec::new();
+        for waiting in self.waiting.iter_mut().filter(|waiting| which(waiting)) {
+            let Some(reply) = waiting.reply.take() else { continue };
+            taken.push(Waiting {
+                item: pb::PublishItem {
+                    producer: waiting.item.producer,
+                    ..pb::PublishItem::default()
+                },
+                submitted: waiting.submitted,
+                reply: Some(reply),
+                relayed: waiting.relayed,
+                uncertain: waiting.uncertain || self.left,
+            });
+        }
+        taken
     }
 }
