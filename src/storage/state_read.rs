@@ -59,7 +59,7 @@ impl StateDb {
     }
 
     /// Batches beginning with the one that holds `from` (or the first after it), at least one if there is any and
-    /// then no more than `bytes_max` bytes.
+    /// then no more than `bytes_max` bytes; and none behind one that is damaged.
     pub fn read_batches(
         &self,
         shard: ShardId,
@@ -98,7 +98,11 @@ impl StateDb {
             bytes += batch.batch.len();
             out.push(batch);
             iter.next();
-            next = Self::batch_here(&iter)?;
+            next = Self::batch_here(&iter).unwrap_or_else(|error| {
+                // Those before it are well. Who asks for this one is told.
+                self.0.shared.note_error(&error);
+                None
+            });
         }
         Ok(out)
     }

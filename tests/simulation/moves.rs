@@ -24,6 +24,8 @@ pub struct Catalog {
     pub floors: BTreeMap<GroupId, LogIndex>,
     /// How many there were.
     pub adoptions: u64,
+    /// Moves whose first adoption in the log was answered.
+    pub first_adoptions: BTreeSet<(ShardId, u64)>,
     /// Moves that were given up: leaders that do not know may still ask for them.
     given_up: Vec<(ShardId, Moving)>,
     last_move: u64,
@@ -329,9 +331,21 @@ impl World {
                 self.catalog.raise(moving.to, *index);
                 self.catalog.owners.insert(shard, moving.to);
                 self.catalog.adoptions += 1;
+                if !existed {
+                    self.catalog.first_adoptions.insert((shard, move_id));
+                }
                 Step::Adopted(sealed)
             }
             (Step::Adopted(_), Applied::Command(GroupOutcome::Adopted { existed: true, .. })) => return Ok(()),
+            // The first one in the log may be the last that is answered: by a node that does not lead any more.
+            (Step::Adopted(sealed), Applied::Command(GroupOutcome::Adopted { tail, existed: false })) => {
+                let is_first = self.catalog.first_adoptions.insert((shard, move_id));
+                if !is_first || tail.get() != sealed.tail {
+                    let what = format!("{shard} move {move_id}: {sealed:?}, adopted anew at {tail}");
+                    return Err(broken("a shard is adopted once, where it was sealed", what));
+                }
+                return Ok(());
+            }
             (step, applied) => {
                 let what = format!("{shard} move {move_id}, {step:?}: {applied:?}");
                 return Err(broken("a step of a move is answered", what));
