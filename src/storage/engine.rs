@@ -26,6 +26,7 @@
 use std::ffi::{CStr, CString};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rocksdb::compaction_filter::CompactionFilter;
 use rocksdb::compaction_filter_factory::{CompactionFilterContext, CompactionFilterFactory};
@@ -244,19 +245,64 @@ pub enum OpenFault {
     System,
 }
 
-/// Sorts an engine error at open.
+/// Sorts an engine error at open. Who calls it damage gives the data up: what only says that something could not be done
+/// now is none.
 pub fn open_fault(error: &rocksdb::Error) -> OpenFault {
-    let text = error.to_string();
-    let system = [
+    use rocksdb::ErrorKind as Kind;
+    match error.kind() {
+        Kind::Aborted
+        | Kind::Busy
+        | Kind::Expired
+        | Kind::Incomplete
+        | Kind::MergeInProgress
+        | Kind::ShutdownInProgress
+        | Kind::TimedOut
+        | Kind::TryAgain
+        | Kind::CompactionTooLarge
+        | Kind::ColumnFamilyDropped => OpenFault::System,
+        Kind::IOError if is_system(error.as_ref()) => OpenFault::System,
+        Kind::Corruption
+        | Kind::IOError
+        | Kind::InvalidArgument
+        | Kind::NotFound
+        | Kind::NotSupported
+        | Kind::Unknown => OpenFault::Damage,
+    }
+}
+
+/// Whether an error's text says that the system did not let us read or write now.
+pub fn is_system(text: &str) -> bool {
+    let said = [
         "No space left",
+        "Disk quota exceeded",
         "Permission denied",
+        "Operation not permitted",
         "Read-only file system",
         "Too many open files",
+        "Cannot allocate memory",
+        "Resource temporarily unavailable",
+        "Device or resource busy",
+        "Interrupted system call",
         "lock ",
     ];
-    if text.starts_with("IO error") && system.iter().any(|s| text.contains(s)) {
-        OpenFault::System
-    } else {
-        OpenFault::Damage
+    said.iter().any(|words| text.contains(words))
+}
+
+/// Between attempts to open.
+const OPEN_PAUSE: Duration = Duration::from_millis(10);
+const OPEN_ATTEMPTS: u32 = 20;
+
+/// Opens a database. The engine's timer takes no task that is due before the one which it works at just now, so that a wall
+/// clock that was set back can abort an open: it is done again.
+pub fn open_patiently(open: impl Fn() -> Result<DB, rocksdb::Error>) -> Result<DB, rocksdb::Error> {
+    for _ in 1..OPEN_ATTEMPTS {
+        match open() {
+            Err(error) if error.kind() == rocksdb::ErrorKind::Aborted => {
+                tracing::warn!(%error, "the engine did not open; trying again");
+                std::thread::sleep(OPEN_PAUSE);
+            }
+            opened => return opened,
+        }
     }
+    open()
 }

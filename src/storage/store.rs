@@ -460,15 +460,16 @@ fn open_state(
         return Err(damaged(super::error::FOLDER_MISSING.into()));
     }
     let durable_floors = Arc::new(DurableFloors::default());
-    let db =
-        engine::open_state(&dir, opts, cache, &durable_floors, false).map_err(|e| match engine::open_fault(&e) {
-            OpenFault::Damage => damaged(e.to_string()),
-            OpenFault::System => OpenError::Io {
-                dir: opts.dir.clone(),
-                what: "opening state/",
-                detail: e.to_string(),
-            },
-        })?;
+    let failed = |what: &'static str, detail: String| OpenError::Io {
+        dir: opts.dir.clone(),
+        what,
+        detail,
+    };
+    let opened = engine::open_patiently(|| engine::open_state(&dir, opts, cache, &durable_floors, false));
+    let db = opened.map_err(|e| match engine::open_fault(&e) {
+        OpenFault::Damage => damaged(e.to_string()),
+        OpenFault::System => failed("opening state/", e.to_string()),
+    })?;
     let state = StateDb(Arc::new(StateInner {
         db,
         shared: shared.clone(),
@@ -488,10 +489,11 @@ fn open_state(
         receiving: Mutex::default(),
         _lock: lock.clone(),
     }));
-    state
-        .load()
-        .and_then(|()| state.recover_incoming())
-        .map_err(|e| damaged(e.to_string()))?;
+    let loaded = state.load().and_then(|()| state.recover_incoming());
+    loaded.map_err(|e| match engine::is_system(&e.to_string()) {
+        true => failed("reading state/", e.to_string()),
+        false => damaged(e.to_string()),
+    })?;
     Ok(state)
 }
 
