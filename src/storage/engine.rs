@@ -283,7 +283,8 @@ pub fn is_system(text: &str) -> bool {
         "Resource temporarily unavailable",
         "Device or resource busy",
         "Interrupted system call",
-        "lock ",
+        "While lock file",
+        "lock hold by",
     ];
     said.iter().any(|words| text.contains(words))
 }

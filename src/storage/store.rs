@@ -490,9 +490,12 @@ fn open_state(
         _lock: lock.clone(),
     }));
     let loaded = state.load().and_then(|()| state.recover_incoming());
-    loaded.map_err(|e| match engine::is_system(&e.to_string()) {
-        true => failed("reading state/", e.to_string()),
-        false => damaged(e.to_string()),
+    loaded.map_err(|e| {
+        let passing = matches!(&e, StorageError::Engine { detail, .. } if engine::is_system(detail));
+        match passing {
+            true => failed("reading state/", e.to_string()),
+            false => damaged(e.to_string()),
+        }
     })?;
     Ok(state)
 }

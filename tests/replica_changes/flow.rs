@@ -124,9 +124,20 @@ async fn read(
 impl Flow {
     /// `reader`: the node whose session reads.
     pub fn start(cluster: &Cluster, stream: &str, reader: usize) -> Self {
+        Self::start_with(client(cluster), cluster, stream, reader)
+    }
+
+    /// The publisher is connected to this node, whoever leads.
+    pub fn start_at(cluster: &Cluster, stream: &str, at: usize) -> Self {
+        let mut config = ClientConfig::new([cluster[at].client_addr()]);
+        config.learn_nodes = false;
+        Self::start_with(Client::new(config).unwrap(), cluster, stream, at)
+    }
+
+    fn start_with(client: Client, cluster: &Cluster, stream: &str, reader: usize) -> Self {
         let (stop, stop_reading) = (CancellationToken::new(), CancellationToken::new());
         let seen = Arc::new(Mutex::new(Seen::default()));
-        let publishing = publish(client(cluster), stream.into(), stop.clone(), seen.clone());
+        let publishing = publish(client, stream.into(), stop.clone(), seen.clone());
         let addr = cluster[reader].client_addr();
         let reading = read(addr, stream.into(), stop_reading.clone(), seen.clone());
         Self {

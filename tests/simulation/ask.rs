@@ -132,10 +132,10 @@ async fn read(group: &Group, groups: &Groups, shard: ShardId) -> Result<Told, St
         group = groups.get(shared.group()).ok_or("its group has no replica here")?;
     }
     group.read_barrier().await.map_err(|e| e.to_string())?;
-    // What the former group has applied shows that the shard went on: then the new one has the last word.
-    let next = shared
-        .heir()
-        .or_else(|| shared.came_from(group.id).then(|| shared.group()));
+    // What the former group has applied, or the replica here has, shows that the shard went on: then the new one has the last
+    // word.
+    let owner = shared.group();
+    let next = shared.heir().or_else(|| (owner != group.id).then_some(owner));
     if let Some(next) = next.and_then(|next| groups.get(next)) {
         next.read_barrier().await.map_err(|e| e.to_string())?;
     }
