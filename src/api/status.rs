@@ -184,9 +184,10 @@ impl From<PublishError> for Refusal {
                 }
                 crate::raft::ProposeError::Unknown { .. } => (Code::Unknown, None),
             },
-            PublishError::NoLeader { .. } | PublishError::NoQuorum { .. } | PublishError::Moved { .. } => {
-                (Code::Unavailable, None)
-            }
+            PublishError::NoLeader { .. }
+            | PublishError::NoQuorum { .. }
+            | PublishError::EarlierUnknown
+            | PublishError::Moved { .. } => (Code::Unavailable, None),
             PublishError::Unconfirmed { .. } => (Code::Unknown, None),
             PublishError::Stopping => (Code::Unavailable, None),
             PublishError::Removed => (Code::NotFound, None),

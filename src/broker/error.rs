@@ -125,6 +125,11 @@ pub enum PublishError {
         reach.needed
     )]
     Unconfirmed { group: GroupId, reach: Reach },
+    /// Its producer has to send an earlier one again first, so that no ack overtakes another.
+    #[error(
+        "how an earlier batch of this producer ended is not known; nothing of this one was stored: send that one again, then this one"
+    )]
+    EarlierUnknown,
     /// The shard was moved to another group in this moment.
     #[error("the shard has just been moved to {to}; nothing was stored, try again")]
     Moved { to: GroupId },
@@ -155,6 +160,7 @@ impl PublishError {
             PublishError::Propose(ProposeError::Unknown { .. }) | PublishError::Unconfirmed { .. } => "OUTCOME_UNKNOWN",
             PublishError::NoLeader { .. } | PublishError::Moved { .. } => "NOT_LEADER",
             PublishError::NoQuorum { .. } => "NO_QUORUM",
+            PublishError::EarlierUnknown => "EARLIER_UNKNOWN",
             PublishError::Stopping => "STOPPING",
             PublishError::Removed => "STREAM_REMOVED",
             PublishError::Damaged(_) => "DAMAGED",
@@ -179,6 +185,7 @@ impl PublishError {
             | PublishError::DiskLow { .. }
             | PublishError::NoLeader { .. }
             | PublishError::NoQuorum { .. }
+            | PublishError::EarlierUnknown
             | PublishError::Moved { .. }
             | PublishError::Stopping => RetryClass::DidNotHappen,
             PublishError::Unconfirmed { .. } => RetryClass::MayHaveHappened,
@@ -205,6 +212,7 @@ impl PublishError {
             | PublishError::NoLeader { .. }
             | PublishError::NoQuorum { .. }
             | PublishError::Unconfirmed { .. }
+            | PublishError::EarlierUnknown
             | PublishError::Moved { .. }
             | PublishError::Stopping
             | PublishError::Removed

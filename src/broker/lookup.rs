@@ -61,11 +61,12 @@ impl Broker {
         self.barrier_of(shared, replica).await?;
         // Where the shard has gone on, by what the former group has applied or the replica here has, another group has the last
         // word.
-        let owner = shared.group();
-        let next = shared.heir().or_else(|| (owner != replica.id).then_some(owner));
-        match next.and_then(|next| self.groups().get(next)) {
+        let Some(next) = shared.went_on_from(replica.id) else {
+            return Ok(());
+        };
+        match self.groups().get(next) {
             Some(next) => self.barrier_of(shared, &next).await,
-            None => Ok(()),
+            None => Err(left()),
         }
     }
 
@@ -113,7 +114,7 @@ impl Broker {
     fn still_here(&self, shared: &ShardShared) -> Result<(), ReadError> {
         match self.groups().holds(shared.group()) {
             true => Ok(()),
-            false => Err(ReadError::Unreachable("its replica has left this node".into())),
+            false => Err(left()),
         }
     }
 
@@ -357,6 +358,10 @@ impl Broker {
         indexes.dedup();
         indexes.into_iter().map(|index| self.shard(stream, index)).collect()
     }
+}
+
+pub(super) fn left() -> ReadError {
+    ReadError::Unreachable("its replica has left this node".into())
 }
 
 fn first(delivery: &Delivery) -> Result<Option<(Sequence, OwnedRecord)>, ReadError> {

@@ -274,10 +274,10 @@ impl Broker {
             self.alarms.raise(AlarmKind::DiskLow, refusal.to_string());
             return Err(refusal);
         }
-        if let Some(damage) = self.store.damage().first()
+        if let Some(damage) = self.store.first_damage()
             && self.router.others(group).is_empty()
         {
-            return Err(PublishError::Damaged(damage.what.clone()));
+            return Err(PublishError::Damaged(damage.what));
         }
         if let Some(poison) = self.store.poisoned().borrow().as_ref() {
             return Err(PublishError::Damaged(poison.to_string()));

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::error::ReadError;
+use super::lookup::left;
 use super::remote::RemoteShard;
 use super::{Broker, Face};
 use crate::machine::port::ShardView;
@@ -320,10 +321,9 @@ impl ShardReader {
 
     /// The replica that was read has left this node: goes on with another one, where this reader stands.
     async fn go_elsewhere(&mut self) -> Result<(), ReadError> {
-        let gone = || ReadError::Unreachable("its replica has left this node".into());
         let face = {
-            let broker = self.broker.upgrade().ok_or_else(gone)?;
-            broker.face_now(self.source.shard()).ok_or_else(gone)?
+            let broker = self.broker.upgrade().ok_or_else(left)?;
+            broker.face_now(self.source.shard()).ok_or_else(left)?
         };
         let Source::Here { groups, .. } = &self.source else {
             return Ok(());

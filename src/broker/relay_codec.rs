@@ -124,9 +124,11 @@ fn failure_to_pb(e: &PublishError) -> pb::RelayFailed {
             failed.text.clone_from(what);
             W::Damaged
         }
-        // Refusals travel as such; what validation says never gets here: it was done where the batch came in.
+        // Refusals travel as such; what validation says, and the order of a producer's batches, never
+        // gets here: that is seen to where the batch came in.
         PublishError::Refused(_)
         | PublishError::Stream(_)
+        | PublishError::EarlierUnknown
         | PublishError::BadBatch(_)
         | PublishError::BadMessage(_)
         | PublishError::SubjectNotInStream { .. }

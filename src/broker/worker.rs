@@ -236,7 +236,7 @@ impl Worker {
         let mut next = first.or_else(|| self.next());
         while let Some(waiting) = next {
             if self.is_behind(&waiting) {
-                self.conclude(waiting, Err(self.no_leader()));
+                self.refuse_behind(waiting);
             } else {
                 bytes += waiting.item.batch.len();
                 body_bytes += body_of(&waiting.item);

@@ -118,13 +118,12 @@ async fn create(control: &Control, stream: &StreamView) -> Result<Done, ProposeE
             group.wait_ready(super::start::START).await?;
         } else if !group.leads_quorum(QUORUM_AGE) {
             all_here = false;
-            let since = group.watch_leader().borrow().since;
-            if group.leads() && since.elapsed().is_ok_and(|led| led < AT_LEAST_EVERY) {
+            if leads_since_now(&group) {
                 done = Done::NotYet;
             }
             continue;
         }
-        control
+        let created = control
             .propose_shard(
                 &group,
                 pb::group_command::Op::CreateShard(pb::CreateShard {
@@ -132,13 +131,27 @@ async fn create(control: &Control, stream: &StreamView) -> Result<Done, ProposeE
                     config: Some(config_of(stream, place)),
                 }),
             )
-            .await?;
+            .await;
+        match created {
+            // Nor does a leader take anything before a quorum has answered its first entry.
+            Err(ProposeError::NotLeader { .. }) if leads_since_now(&group) => {
+                all_here = false;
+                done = Done::NotYet;
+            }
+            created => drop(created?),
+        }
     }
     // Otherwise the meta group's leader hears of them all.
     if all_here {
         control.activate(stream.id).await;
     }
     Ok(done)
+}
+
+/// Whether the replica here has just become the leader of its group.
+fn leads_since_now(group: &Group) -> bool {
+    let since = group.watch_leader().borrow().since;
+    group.leads() && since.elapsed().is_ok_and(|led| led < AT_LEAST_EVERY)
 }
 
 async fn update(control: &Control, stream: &StreamView) -> Result<(), ProposeError> {

@@ -25,22 +25,21 @@ const STAND_BACK_MAX: Duration = Duration::from_secs(30);
 /// Before a start: goes on with what an earlier run has begun. Returns damage that it has noted, if the members do not agree
 /// now that the node begins anew.
 pub(super) async fn go_on(context: &Context) -> Result<Option<String>, StartError> {
-    if let Some(renewal) = under_way(context)? {
-        set_aside(context, renewal).await?;
+    if complete(context).await? {
         return Ok(None);
     }
-    let Some(why) = noted_damage(&context.config.node.data_dir) else {
+    let dir = context.config.node.data_dir.clone();
+    let noted = tokio::task::spawn_blocking(move || noted_damage(&dir)).await;
+    let Some(why) = noted.map_err(|e| StartError::Failed(e.to_string()))? else {
         return Ok(None);
     };
     let asked = async {
-        has_space(context)?;
+        has_space(context).await?;
         agree(context, &why).await.map_err(|e| e.to_string())
     };
     let reason = match tokio::time::timeout(ASK_AT_START, asked).await {
         Ok(Ok(())) => {
-            if let Some(renewal) = under_way(context)? {
-                set_aside(context, renewal).await?;
-            }
+            complete(context).await?;
             return Ok(None);
         }
         Ok(Err(reason)) => reason,
@@ -53,11 +52,14 @@ pub(super) async fn go_on(context: &Context) -> Result<Option<String>, StartErro
     Ok(Some(why))
 }
 
-/// Agreed upon, and not done yet.
-fn under_way(context: &Context) -> Result<Option<Renewal>, StartError> {
+/// Does what the members have agreed upon, if it is not done yet; true: so it was.
+pub(super) async fn complete(context: &Context) -> Result<bool, StartError> {
     let dir = &context.config.node.data_dir;
     let renewal = Renewal::load(dir).map_err(|e| StartError::Failed(e.to_string()))?;
-    Ok(renewal.filter(|renewal| renewal.is_to_be_set_aside(dir)))
+    match renewal.filter(|renewal| renewal.is_to_be_set_aside(dir)) {
+        Some(renewal) => set_aside(context, renewal).await.map(|()| true),
+        None => Ok(false),
+    }
 }
 
 /// Completes when damage was found while the node runs, or by an earlier run, and the members have agreed that the node
@@ -70,7 +72,7 @@ pub(super) async fn given_up(context: &Context, store: &Store, control: &Control
     let why = match known {
         Some(why) => why,
         None => loop {
-            if let Some(note) = store.damage().into_iter().next() {
+            if let Some(note) = store.first_damage() {
                 break note.what;
             }
             tokio::time::sleep(WATCH_EVERY).await;
@@ -107,14 +109,17 @@ pub(super) async fn given_up(context: &Context, store: &Store, control: &Control
 
 async fn noted_and_agreed(context: &Context, why: &str) -> Result<(), String> {
     note(context, why.to_owned()).await?;
-    has_space(context)?;
+    has_space(context).await?;
     agree(context, why).await.map_err(|e| e.to_string())
 }
 
 /// What is set aside stays, and is received again beside it.
-fn has_space(context: &Context) -> Result<(), String> {
+async fn has_space(context: &Context) -> Result<(), String> {
     let config = &context.config;
-    let (held, free) = held_and_free(&config.node.data_dir).map_err(|e| format!("its size is not known: {e}"))?;
+    let dir = config.node.data_dir.clone();
+    let sizes = tokio::task::spawn_blocking(move || held_and_free(&dir)).await;
+    let sizes = sizes.map_err(|e| e.to_string())?;
+    let (held, free) = sizes.map_err(|e| format!("its size is not known: {e}"))?;
     let needed = held.saturating_add(config.storage.min_free.0);
     match free < needed {
         true => Err(format!(

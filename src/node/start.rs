@@ -125,7 +125,7 @@ impl Running {
         match found {
             Found::Opening => {
                 anew::agree(&context, why).await?;
-                anew::go_on(&context).await?;
+                anew::complete(&context).await?;
                 let running = Self::start_once(&context).await.map_err(|(error, _)| error)?;
                 Ok(Arc::new(running))
             }
@@ -148,8 +148,7 @@ impl Running {
             }
             Err(e) => {
                 // What a group finds wrong with stored records is damage, not a failed start.
-                let damage = store.damage();
-                let error = match damage.first() {
+                let error = match store.first_damage() {
                     Some(note) => (
                         StartError::Damaged(format!(
                             "{}: {}; restore the directory from a backup, or replace this replica if others hold the data",
@@ -288,7 +287,7 @@ impl Running {
         }
         self.groups.shutdown().await;
         let store = self.store.clone();
-        if let Some(damage) = store.damage().into_iter().next().filter(|_| self.peers.is_some()) {
+        if let Some(damage) = store.first_damage().filter(|_| self.peers.is_some()) {
             anew::note(&self.context, damage.what)
                 .await
                 .unwrap_or_else(|error| tracing::warn!(error));
@@ -379,8 +378,8 @@ async fn watch(store: Arc<Store>, alarms: Alarms, token: CancellationToken) {
         if let Some(poison) = poisoned.borrow_and_update().as_ref() {
             alarms.raise(AlarmKind::Poisoned, poison.to_string());
         }
-        if let Some(note) = store.damage().first() {
-            alarms.raise(AlarmKind::Damaged, note.what.clone());
+        if let Some(note) = store.first_damage() {
+            alarms.raise(AlarmKind::Damaged, note.what);
         }
         let space = store.space();
         if space.low {

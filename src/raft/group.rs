@@ -298,13 +298,9 @@ impl Group {
             return Ok(());
         }
         let members: BTreeMap<u64, EmptyNode> = members.iter().map(|m| (m.get(), EmptyNode::new())).collect();
+        // It asks for votes by itself.
         match self.raft.initialize(members).await {
-            Ok(()) => self
-                .raft
-                .trigger()
-                .elect(false)
-                .await
-                .map_err(|e| stopped(e.to_string())),
+            Ok(()) => Ok(()),
             Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
             Err(e) => Err(stopped(e.to_string())),
         }

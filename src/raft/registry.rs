@@ -215,9 +215,7 @@ impl Groups {
         let _changing = self.changing.lock().await;
         self.end(id).await;
         for shard in self.directory().all() {
-            if shard.group() == id {
-                self.directory().remove(shard.shard);
-            }
+            self.directory().abandon(shard.shard, id);
         }
         // In this order: a log whose purged part is nowhere would be damage.
         if !self.log.meta(id)?.quarantined {
@@ -238,7 +236,7 @@ impl Groups {
     pub async fn drop_sealed(&self, id: GroupId, shard: ShardId) -> Result<(), StorageError> {
         let _changing = self.changing.lock().await;
         self.end(id).await;
-        self.directory().remove(shard);
+        self.directory().abandon(shard, id);
         let state = self.context.state.clone();
         let dropped = tokio::task::spawn_blocking(move || {
             let sealed = |(at, owner, record): &(ShardId, GroupId, Bytes)| {

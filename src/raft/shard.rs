@@ -84,6 +84,9 @@ struct Recent {
     fresh: bool,
 }
 
+/// The group of a shard whose replica has left this node. No group has this id.
+const NOWHERE: GroupId = GroupId::new(u64::MAX);
+
 /// One shard's public face on this node.
 #[derive(Debug)]
 pub struct ShardShared {
@@ -94,8 +97,6 @@ pub struct ShardShared {
     former: AtomicU64,
     /// The group that will have it: it is sealed; 0: it is not.
     heir: AtomicU64,
-    /// Held by a replica while it applies to the shard: two groups never do at a time.
-    applying: Mutex<()>,
     positions: watch::Sender<Positions>,
     recent: Mutex<Recent>,
     budget: Arc<RecentBudget>,
@@ -108,7 +109,6 @@ impl ShardShared {
             group: AtomicU64::new(group.get()),
             former: AtomicU64::new(0),
             heir: AtomicU64::new(0),
-            applying: Mutex::default(),
             positions: watch::Sender::new(Positions::initial()),
             recent: Mutex::default(),
             budget,
@@ -146,9 +146,18 @@ impl ShardShared {
         }
     }
 
-    /// Apply only: no other group's replica applies to the shard until this is dropped.
-    pub(super) fn apply(&self) -> MutexGuard<'_, ()> {
-        self.applying.lock()
+    /// The group that has the last word, if it is not `asked`: the one that adopted the shard, or is to.
+    pub fn went_on_from(&self, asked: GroupId) -> Option<GroupId> {
+        let owner = self.group();
+        self.heir().or((owner != asked).then_some(owner))
+    }
+
+    /// What its replica had is gone from this node: no group's replica writes here any more, also if the group gets another
+    /// one. Who reads looks elsewhere.
+    pub(super) fn abandon(&self) {
+        self.hand_over(NOWHERE);
+        self.clear_recent();
+        self.nudge();
     }
 
     /// Wakes those who wait, though nothing has changed: their replica has left this node.
@@ -235,10 +244,24 @@ impl Drop for ShardShared {
     }
 }
 
-/// Every shard that has a replica on this node.
-#[derive(Debug, Default)]
+/// Shards share this many locks.
+const APPLYING: usize = 1_024;
+
+/// Every shard that has a replica on this node: one face for each, whichever groups' replicas have had it.
+#[derive(Debug)]
 pub struct ShardDirectory {
     shards: RwLock<HashMap<ShardId, Arc<ShardShared>>>,
+    /// Held by a replica while it changes a shard, by shard: two groups never do at a time.
+    applying: Box<[Mutex<()>]>,
+}
+
+impl Default for ShardDirectory {
+    fn default() -> Self {
+        Self {
+            shards: RwLock::default(),
+            applying: std::iter::repeat_with(Mutex::default).take(APPLYING).collect(),
+        }
+    }
 }
 
 impl ShardDirectory {
@@ -250,12 +273,41 @@ impl ShardDirectory {
         self.shards.read().values().cloned().collect()
     }
 
-    pub(super) fn insert(&self, shared: Arc<ShardShared>) {
-        self.shards.write().insert(shared.shard, shared);
+    /// No other group's replica changes the shard, or what is shown of it, until this is dropped.
+    pub(super) fn applying(&self, shard: ShardId) -> MutexGuard<'_, ()> {
+        self.applying[shard.get() as usize % APPLYING].lock()
+    }
+
+    /// While it is [held](Self::applying): the shard's face, which is this group's from now on. One that another group's replica
+    /// here had is taken over, so that whoever reads the shard goes on.
+    pub(super) fn face(
+        &self,
+        shard: ShardId,
+        group: GroupId,
+        budget: &Arc<RecentBudget>,
+        positions: Positions,
+    ) -> Arc<ShardShared> {
+        if let Some(face) = self.get(shard) {
+            face.hand_over(group);
+            return face;
+        }
+        let face = ShardShared::new(shard, group, budget.clone());
+        face.publish(positions);
+        self.shards.write().insert(shard, face.clone());
+        face
     }
 
     pub(super) fn remove(&self, shard: ShardId) {
         self.shards.write().remove(&shard);
+    }
+
+    /// What a group's replica had of a shard here is removed: nobody sees it any more.
+    pub(super) fn abandon(&self, shard: ShardId, group: GroupId) {
+        let _applying = self.applying(shard);
+        if let Some(face) = self.get(shard).filter(|face| face.group() == group) {
+            self.remove(shard);
+            face.abandon();
+        }
     }
 }
 
@@ -303,6 +355,34 @@ mod tests {
         shard.push_recent(batch(21, 10, 100));
         assert!(shard.recent_from(Sequence::new(1), 1 << 20).is_none());
         drop(shard);
+        assert_eq!(budget.used(), 0);
+    }
+
+    /// The face that is found is the one that is written to, also where a group had the shard before and has it again, and its
+    /// replica here was another one meanwhile.
+    #[test]
+    fn a_shard_has_one_face() {
+        let budget = RecentBudget::new(1 << 20);
+        let directory = ShardDirectory::default();
+        let (shard, a, b) = (ShardId::new(1), GroupId::new(7), GroupId::new(8));
+        let show = |group| directory.face(shard, group, &budget, Positions::initial());
+        let first = show(a);
+        assert!(Arc::ptr_eq(&first, &show(b)));
+        assert_eq!((first.group(), first.came_from(a)), (b, true));
+        first.push_recent(batch(1, 10, 100));
+        // The replica of another group has nothing to say.
+        directory.abandon(shard, a);
+        assert!(directory.get(shard).is_some());
+        directory.abandon(shard, b);
+        assert!(directory.get(shard).is_none());
+        let second = show(b);
+        second.leave_to(a);
+        assert_eq!((second.heir(), second.went_on_from(b)), (Some(a), Some(a)));
+        assert!(Arc::ptr_eq(&second, &show(a)));
+        assert_eq!((second.group(), second.went_on_from(a)), (a, None));
+        assert!(Arc::ptr_eq(&second, &directory.get(shard).expect("it is there")));
+        // Whoever holds the one from before does not take it for this one, though its group has a replica here again.
+        assert!(first.group() != a && first.group() != b);
         assert_eq!(budget.used(), 0);
     }
 }

@@ -3,7 +3,7 @@
 //! `state/` has no WAL: after a crash it is older than the log, and openraft applies the difference again. What apply
 //! writes depends only on the entries and on the group's own state, so that applying again gives the same.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -88,8 +88,6 @@ pub struct GroupMachine {
     context: GroupContext,
     log: GroupLog,
     machine: machine::GroupMachine,
-    /// The public face of each shard of `machine`.
-    shared: HashMap<ShardId, Arc<ShardShared>>,
     /// True position of `state/`. Entries at or below are skipped.
     applied: Option<LogId>,
     membership: StoredMembership,
@@ -121,17 +119,6 @@ impl GroupMachine {
         };
         let (applied, membership) = (marker.applied, marker.membership);
         let machine = load::machine(group, state)?;
-        let term = applied.map_or(Term::new(0), |a| Term::new(a.leader_id.term));
-        let mut shared = HashMap::new();
-        for shard in machine.shards() {
-            let face = ShardShared::new(shard.shard(), group, context.recent.clone());
-            face.publish(positions(shard, term));
-            if let Some(seal) = shard.seal() {
-                face.leave_to(GroupId::new(seal.to_group));
-            }
-            context.directory.insert(face.clone());
-            shared.insert(shard.shard(), face);
-        }
         let (stop, ended) = (context.token.child_token(), CancellationToken::new());
         if let Some(meta) = machine.meta() {
             context.observer.changed(&everything(meta));
@@ -142,12 +129,11 @@ impl GroupMachine {
             last_log_id: Some(id),
             last_membership: membership.clone(),
         });
-        Ok(Self {
+        let opened = Self {
             group,
             context,
             log,
             machine,
-            shared,
             applied,
             membership,
             installed: marker.installed,
@@ -157,7 +143,9 @@ impl GroupMachine {
             stop,
             _ended: ended.clone().drop_guard(),
             ended,
-        })
+        };
+        opened.show_all()?;
+        Ok(opened)
     }
 
     /// Cancelled by whoever ends the replica: it waits for nothing any more.
@@ -195,26 +183,13 @@ impl GroupMachine {
     /// After `state/` was replaced: everything that was read from it is read again, and told.
     fn reload(&mut self) -> io::Result<()> {
         let before = std::mem::replace(&mut self.machine, load::machine(self.group, &self.context.state)?);
-        let gone: Vec<_> = (self.shared.keys().copied())
-            .filter(|shard| self.machine.shard(*shard).is_none())
-            .collect();
-        for shard in gone {
-            self.retire(shard);
-        }
-        let term = self.applied.map_or(Term::new(0), |a| Term::new(a.leader_id.term));
-        let told = |m: &ShardMachine| {
-            let heir = m.seal().map(|seal| GroupId::new(seal.to_group));
-            (m.shard(), positions(m, term), heir)
-        };
-        let shards: Vec<_> = self.machine.shards().map(told).collect();
-        for (shard, at, heir) in shards {
-            let face = self.face(shard);
-            face.clear_recent();
-            face.publish(at);
-            if let Some(heir) = heir {
-                face.leave_to(heir);
+        for shard in before.shards().map(ShardMachine::shard) {
+            if self.machine.shard(shard).is_none() {
+                let _applying = self.context.directory.applying(shard);
+                self.retire(shard);
             }
         }
+        self.show_all()?;
         if let (Some(before), Some(meta)) = (before.meta(), self.machine.meta()) {
             let mut changes = forgotten(before, meta);
             changes.extend(everything(meta));
@@ -223,29 +198,41 @@ impl GroupMachine {
         Ok(())
     }
 
-    /// The shard's face, which is this group's from now on. One that another group's replica here had is taken over, so
-    /// that whoever reads the shard goes on.
-    fn face(&mut self, shard: ShardId) -> Arc<ShardShared> {
-        let (group, context) = (self.group, &self.context);
-        let face = self.shared.entry(shard).or_insert_with(|| {
-            let known = context.directory.get(shard);
-            let face = known.unwrap_or_else(|| ShardShared::new(shard, group, context.recent.clone()));
-            context.directory.insert(face.clone());
-            face
-        });
-        face.hand_over(group);
-        face.clone()
+    /// Shows every shard that `state/` has as this group's.
+    fn show_all(&self) -> io::Result<()> {
+        let term = self.applied.map_or(Term::new(0), |a| Term::new(a.leader_id.term));
+        for machine in self.machine.shards() {
+            let shard = machine.shard();
+            let _applying = self.context.directory.applying(shard);
+            // Another group's replica may have adopted it since it was loaded.
+            if self.context.state.owner_of(shard).map_err(io_error)? != Some(self.group) {
+                continue;
+            }
+            let at = positions(machine, term);
+            let face = self.face(shard, at);
+            face.clear_recent();
+            face.publish(at);
+            if let Some(seal) = machine.seal() {
+                face.leave_to(GroupId::new(seal.to_group));
+            }
+        }
+        Ok(())
     }
 
-    /// A shard is not here any more.
-    fn retire(&mut self, shard: ShardId) {
-        // One that went to another group is not gone.
-        if let Some(face) = self.shared.remove(&shard).filter(|face| face.group() == self.group) {
+    fn face(&self, shard: ShardId, at: Positions) -> Arc<ShardShared> {
+        let context = &self.context;
+        context.directory.face(shard, self.group, &context.recent, at)
+    }
+
+    /// A shard is not here any more. One that went to another group is not gone.
+    fn retire(&self, shard: ShardId) {
+        let directory = &self.context.directory;
+        if let Some(face) = directory.get(shard).filter(|face| face.group() == self.group) {
             let mut last = face.positions();
             last.removed = true;
             face.clear_recent();
             face.publish(last);
-            self.context.directory.remove(shard);
+            directory.remove(shard);
         }
     }
 
@@ -270,7 +257,8 @@ impl GroupMachine {
     /// A shard goes to another group only after every replica of this one has applied its seal (0048): whoever finds another
     /// one in its place must not go on.
     fn must_own(&self, id: &LogId, shard: ShardId) -> io::Result<()> {
-        let elsewhere = (self.shared.get(&shard)).is_some_and(|face| face.group() != self.group);
+        let face = self.context.directory.get(shard);
+        let elsewhere = face.is_some_and(|face| face.group() != self.group);
         let open = |machine: &ShardMachine| machine.seal().is_none();
         if elsewhere && self.machine.shard(shard).is_some_and(open) {
             let why = format!("another group has {shard}, which was not sealed here");
@@ -282,8 +270,8 @@ impl GroupMachine {
     /// Applies a command and writes what it does, with the applied marker, which is set already.
     fn apply_command(&mut self, id: &LogId, command: &pb::GroupCommand, mut batch: StateBatch) -> io::Result<Applied> {
         let shard = command.op.as_ref().and_then(shard_of);
-        let face = shard.and_then(|shard| self.context.directory.get(shard));
-        let _applying = face.as_ref().map(|face| face.apply());
+        let directory = self.context.directory.clone();
+        let _applying = shard.map(|shard| directory.applying(shard));
         if let Some(shard) = shard {
             self.must_own(id, shard)?;
         }
@@ -340,13 +328,14 @@ impl GroupMachine {
                 Some(machine) => {
                     if let Some(seal) = machine.seal() {
                         // Nothing of it changes here any more; another group's replica may have its face by now.
-                        if let Some(face) = self.shared.get(&shard).filter(|face| face.group() == self.group) {
+                        let face = self.context.directory.get(shard);
+                        if let Some(face) = face.filter(|face| face.group() == self.group) {
                             face.leave_to(GroupId::new(seal.to_group));
                         }
                         return;
                     }
                     let at = positions(machine, touched.term);
-                    let face = self.face(shard);
+                    let face = self.face(shard, at);
                     if touched.holes {
                         face.clear_recent();
                     }
@@ -471,7 +460,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                     last_log_id,
                     last_membership: self.membership.clone(),
                 },
-                shards: self.shared.len(),
+                shards: self.machine.shards().count(),
                 snapshot: self.snapshot.clone(),
                 flush: None,
             });
@@ -481,7 +470,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                 last_log_id: self.applied,
                 last_membership: self.membership.clone(),
             },
-            shards: self.shared.len(),
+            shards: self.machine.shards().count(),
             snapshot: self.snapshot.clone(),
             flush: Some(self.context.state.clone()),
         })
@@ -517,8 +506,8 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
         let sealed: BTreeSet<ShardId> = sealed.map(ShardMachine::shard).collect();
         // From here on no other group's replica here applies to them.
         for shard in staged.shard_ids() {
+            let _applying = self.context.directory.applying(shard);
             if let Some(face) = self.context.directory.get(shard) {
-                let _applying = face.apply();
                 face.hand_over(self.group);
             }
         }
@@ -546,7 +535,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                 last_membership: self.membership.clone(),
             },
             snapshot: GroupSnapshot {
-                shards: self.shared.len(),
+                shards: self.machine.shards().count(),
                 bytes: self.machine.shards().map(ShardMachine::bytes).sum(),
                 content: Content::Pinned(pin),
             },

@@ -23,6 +23,7 @@ use crate::model::{GroupId, Sequence, ShardId};
 use crate::storage::{Store, StoreOptions};
 use crate::wire::internal as pb;
 
+mod moves;
 mod snapshots;
 
 const GROUP: GroupId = GroupId::new(7);

@@ -4,6 +4,7 @@
 //! |------|------|
 //! | `store.rs` | opening, checking, closing a data directory |
 //! | `lock.rs`, `identity.rs` | one process per directory; which store and format it is |
+//! | `renewal.rs` | damage that was noted, and a store that begins anew |
 //! | `engine.rs` | every RocksDB option and why |
 //! | `keys.rs`, `record.rs`, `envelope.rs`, `offsets.rs` | the disk format |
 //! | `queue.rs`, `committer.rs` | the one writer of log/: many groups, one sync |
@@ -16,7 +17,8 @@
 //! | `upkeep.rs`, `space.rs` | background threads, free space |
 //!
 //! A data directory: `LOCK`, `FORMAT`, `IDENTITY`, `witness`, `clock`, `cluster`, `log/`, `state/`, `incoming/` for snapshots that
-//! are being received, and `aside/` for bytes that were cut off or set aside and are kept for inspection.
+//! are being received, and `aside/` for bytes that were cut off or set aside and are kept for inspection; `DAMAGED` where damage
+//! was found, `RENEWAL` and `damaged-*/` where the node began anew for it.
 
 mod clock_file;
 mod cluster_file;

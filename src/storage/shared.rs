@@ -125,6 +125,10 @@ impl Shared {
     pub fn damage(&self) -> Vec<DamageNote> {
         self.damage.lock().clone()
     }
+
+    pub fn first_damage(&self) -> Option<DamageNote> {
+        self.damage.lock().first().cloned()
+    }
 }
 
 /// Turns an engine error met while reading into ours: its own checks found damage, or it could not read.

@@ -199,6 +199,19 @@ impl StateDb {
         Ok(out)
     }
 
+    /// The group that holds a shard here.
+    pub fn owner_of(&self, shard: ShardId) -> Result<Option<GroupId>, StorageError> {
+        Ok(self.shard_record(shard)?.map(|(group, _)| group))
+    }
+
+    fn shard_record(&self, shard: ShardId) -> Result<Option<(GroupId, Bytes)>, StorageError> {
+        let key = Key::Shard(shard).encode();
+        let Some(value) = self.get(&key)? else { return Ok(None) };
+        let mut record: &[u8] = &value;
+        let group = take_u64(&mut record).ok_or_else(|| corrupt(Area::State, &key, "too short"))?;
+        Ok(Some((GroupId::new(group), Bytes::copy_from_slice(record))))
+    }
+
     /// Every producer of a shard: its id and record.
     pub fn producers(&self, shard: ShardId) -> Result<Vec<(u64, Bytes)>, StorageError> {
         let mut out = Vec::new();
@@ -345,14 +358,11 @@ impl ShardView for StateDb {
     }
 
     fn shard_state(&self, shard: ShardId) -> Result<Option<ShardState>, ViewError> {
-        let key = Key::Shard(shard).encode();
-        let state = self.get(&key).and_then(|value| {
-            let Some(value) = value else { return Ok(None) };
-            let mut record: &[u8] = &value;
-            let group = take_u64(&mut record).ok_or_else(|| corrupt(Area::State, &key, "too short"))?;
+        let state = self.shard_record(shard).and_then(|found| {
+            let Some((group, record)) = found else { return Ok(None) };
             Ok(Some(ShardState {
-                group: GroupId::new(group),
-                record: Bytes::copy_from_slice(record),
+                group,
+                record,
                 producers: self.producers(shard)?,
                 id_blocks: self.id_blocks(shard)?,
             }))

@@ -235,6 +235,11 @@ impl Store {
         self.shared.damage()
     }
 
+    /// The first damage found while working, if any. Cheap where there is none.
+    pub fn first_damage(&self) -> Option<DamageNote> {
+        self.shared.first_damage()
+    }
+
     /// Room on the disk. Cheap; to be asked before accepting a publish.
     pub fn space(&self) -> Space {
         self.meter.read(self.opts.min_free_bytes, &self.shared)

@@ -134,9 +134,8 @@ async fn read(group: &Group, groups: &Groups, shard: ShardId) -> Result<Told, St
     group.read_barrier().await.map_err(|e| e.to_string())?;
     // What the former group has applied, or the replica here has, shows that the shard went on: then the new one has the last
     // word.
-    let owner = shared.group();
-    let next = shared.heir().or_else(|| (owner != group.id).then_some(owner));
-    if let Some(next) = next.and_then(|next| groups.get(next)) {
+    if let Some(next) = shared.went_on_from(group.id) {
+        let next = groups.get(next).ok_or("the next group has no replica here")?;
         next.read_barrier().await.map_err(|e| e.to_string())?;
     }
     Ok(Told::Tail(shared.positions().tail))

@@ -1,6 +1,14 @@
 //! What happened, in order. The same seed gives the same text.
 
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hasher as _};
+
+/// Tells whether two traces are the same, of runs of the same program.
+pub fn digest(trace: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(trace.as_bytes());
+    hasher.finish()
+}
 
 #[derive(Debug, Default)]
 pub struct Trace {

@@ -31,7 +31,7 @@ impl Worker {
             (false, false) => return,
         }
         for waiting in std::mem::take(&mut self.failed) {
-            self.conclude(waiting, Err(self.no_leader()));
+            self.refuse(waiting);
         }
         while self.in_flight.front().is_some_and(is_over) {
             let Some(front) = self.in_flight.pop_front() else { break };
@@ -40,11 +40,11 @@ impl Worker {
             }
             for mut waiting in front.waiting {
                 waiting.uncertain |= front.left;
-                self.conclude(waiting, Err(self.no_leader()));
+                self.refuse(waiting);
             }
         }
         while let Some(waiting) = self.next() {
-            self.conclude(waiting, Err(self.no_leader()));
+            self.refuse(waiting);
         }
     }
 
@@ -65,7 +65,7 @@ impl Worker {
             std::mem::take(&mut self.again).into_iter().partition(is_late);
         self.again = again;
         for waiting in late.into_iter().chain(queued) {
-            self.conclude(waiting, Err(self.no_leader()));
+            self.refuse(waiting);
         }
     }
 
@@ -83,7 +83,7 @@ impl Worker {
             behind.extend(entry.take_out(is_behind));
         }
         for waiting in behind {
-            self.conclude(waiting, Err(self.no_leader()));
+            self.refuse_behind(waiting);
         }
     }
 }

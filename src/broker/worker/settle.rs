@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{ELECTION, NO_QUORUM, PAUSE_MIN, RELAY_PATIENCE, Waiting, Worker};
 use crate::base::RetryClass;
-use crate::broker::error::PublishError;
+use crate::broker::error::{PublishError, Reach};
 use crate::broker::ingest::{Outcome, tell};
 use crate::machine::{ItemOutcome, Refusal};
 use crate::raft::ProposeError;
@@ -27,7 +27,7 @@ impl Worker {
         }
         if self.is_behind(&waiting) {
             waiting.uncertain |= may_be_stored(&outcome);
-            return self.conclude(waiting, Err(self.no_leader()));
+            return self.refuse_behind(waiting);
         }
         // Behind one of its producer that is sent again: so that answers keep their order, it is sent again as well,
         // whatever it was answered. A number that was used up is answered as it was the first time.
@@ -64,11 +64,7 @@ impl Worker {
     /// How long a batch that was answered like this waits for a leader. One with a producer's number longer than any usual
     /// trouble lasts: whoever sent it would send it again.
     fn patience(&self, waiting: &Waiting, outcome: &Outcome) -> Duration {
-        let is_told = matches!(
-            outcome,
-            Err(PublishError::NoQuorum { .. } | PublishError::Unconfirmed { .. })
-        );
-        if is_told || self.router.without_quorum(self.group()).is_some() {
+        if reach_told(outcome).is_some() || self.router.without_quorum(self.group()).is_some() {
             NO_QUORUM
         } else if waiting.producer().is_some() {
             RELAY_PATIENCE
@@ -77,13 +73,25 @@ impl Worker {
         }
     }
 
+    /// A batch that nobody took: it ends, as unknown if an earlier attempt may have stored it.
+    pub(super) fn refuse(&mut self, waiting: Waiting) {
+        self.conclude(waiting, Err(self.no_leader()));
+    }
+
+    /// A batch that is behind one of its producer that ended as unknown.
+    pub(super) fn refuse_behind(&mut self, waiting: Waiting) {
+        let group = self.group();
+        let why = match self.router.without_quorum(group) {
+            Some(reach) => PublishError::NoQuorum { group, reach },
+            None => PublishError::EarlierUnknown,
+        };
+        self.conclude(waiting, Err(why));
+    }
+
     /// Tells the last word on a batch.
     pub(super) fn conclude(&mut self, mut waiting: Waiting, outcome: Outcome) {
         let group = self.group();
-        let told = match &outcome {
-            Err(PublishError::NoQuorum { reach, .. } | PublishError::Unconfirmed { reach, .. }) => Some(*reach),
-            Ok(_) | Err(_) => None,
-        };
+        let told = reach_told(&outcome);
         let unknown = || match told.or_else(|| self.router.without_quorum(group)) {
             Some(reach) => Err(PublishError::Unconfirmed { group, reach }),
             None => Err(ProposeError::Unknown { group }.into()),
@@ -135,6 +143,14 @@ impl Worker {
                 Some(_) | None => {}
             }
         }
+    }
+}
+
+/// How many members the leader reached, where that was too few.
+fn reach_told(outcome: &Outcome) -> Option<Reach> {
+    match outcome {
+        Err(PublishError::NoQuorum { reach, .. } | PublishError::Unconfirmed { reach, .. }) => Some(*reach),
+        Ok(_) | Err(_) => None,
     }
 }
 
