@@ -122,10 +122,6 @@ impl Shared {
         self.damage_found.load(Ordering::Relaxed)
     }
 
-    pub fn damage(&self) -> Vec<DamageNote> {
-        self.damage.lock().clone()
-    }
-
     pub fn first_damage(&self) -> Option<DamageNote> {
         self.damage.lock().first().cloned()
     }

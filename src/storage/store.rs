@@ -230,11 +230,6 @@ impl Store {
         self.shared.poisoned()
     }
 
-    /// Damage found while working, at most 256 different notes.
-    pub fn damage(&self) -> Vec<DamageNote> {
-        self.shared.damage()
-    }
-
     /// The first damage found while working, if any. Cheap where there is none.
     pub fn first_damage(&self) -> Option<DamageNote> {
         self.shared.first_damage()
