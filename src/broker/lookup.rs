@@ -17,6 +17,8 @@ use crate::wire::internal as pb;
 
 /// Looks for the last message of a subject while messages are removed.
 const LAST_ATTEMPTS: usize = 5;
+/// Groups that a shard may go through during one barrier.
+const HOPS: usize = 4;
 /// A single read reads ahead as little as one of many.
 const SINGLE: usize = 32;
 
@@ -58,16 +60,17 @@ impl Broker {
             Face::There(remote) => return remote.barrier().await,
             Face::Here { shared, group } => (shared, group),
         };
-        self.barrier_of(shared, replica).await?;
-        // Where the shard has gone on, by what the former group has applied or the replica here has, another group has the last
-        // word.
-        let Some(next) = shared.went_on_from(replica.id) else {
-            return Ok(());
-        };
-        match self.groups().get(next) {
-            Some(next) => self.barrier_of(shared, &next).await,
-            None => Err(left()),
+        let mut asked = replica.clone();
+        for _ in 0..HOPS {
+            self.barrier_of(shared, &asked).await?;
+            // Where the shard has gone on, by what the former group has applied or the replica here has, another group has the
+            // last word.
+            let Some(next) = shared.went_on_from(asked.id) else {
+                return Ok(());
+            };
+            asked = self.groups().get(next).ok_or_else(left)?;
         }
+        Err(ReadError::Unreachable("the shard goes from group to group".into()))
     }
 
     async fn barrier_of(&self, shared: &ShardShared, replica: &Group) -> Result<(), ReadError> {
@@ -149,6 +152,7 @@ impl Broker {
     ) -> Result<Option<Sequence>, ReadError> {
         let at = shared.positions();
         if at.last_time < Some(time) || at.floor == at.tail {
+            self.still_here(shared)?;
             return Ok(None);
         }
         let state = self.groups().state().clone();
@@ -171,6 +175,9 @@ impl Broker {
         self.ready(access, consistency).await?;
         let at = access.positions();
         if sequence < at.floor || sequence >= at.tail {
+            if let Face::Here { shared, .. } = &access.face {
+                self.still_here(shared)?;
+            }
             return Err(ReadError::NotRetained {
                 sequence,
                 floor: at.floor,
@@ -242,6 +249,7 @@ impl Broker {
             for offset in offsets.iter().rev() {
                 let sequence = base.plus(u64::from(*offset));
                 if sequence < floor {
+                    self.still_here(shared)?;
                     return Ok(None);
                 }
                 let Some(group) = self.groups().get(shared.group()) else {

@@ -279,7 +279,11 @@ impl ShardReader {
             return Ok(Step::Truncated { from, to: at.floor });
         }
         if self.next >= at.tail {
-            return Ok(Step::AtTail(at.tail));
+            // Who waits now is not woken by a replica that left a moment ago.
+            return match self.is_orphan() {
+                true => Ok(Step::Skipped),
+                false => Ok(Step::AtTail(at.tail)),
+            };
         }
         for _ in 0..SCAN_BATCHES {
             if self.next >= at.tail {

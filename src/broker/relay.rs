@@ -225,18 +225,22 @@ async fn positions(broker: Arc<Broker>, payload: Bytes) -> Answer {
         let elsewhere = broker.router().elsewhere(GroupId::new(call.group_id));
         return answer(pb::relay_watched::Result::Elsewhere(elsewhere), None);
     };
-    let node = broker.node();
+    let (node, groups) = (broker.node(), broker.groups().clone());
     // While it waits it holds the shard, not the node.
     drop(broker);
+    let has_left = || !groups.holds(here.shared.group());
     let mut watch = here.shared.watch();
     let at = match call.known.as_ref().map(positions_from_pb) {
         None => *watch.borrow(),
         Some(known) => {
             // Its sender lives in `here`; after the time, what there is is told.
-            let _ = tokio::time::timeout(POLL, watch.wait_for(|at| news(at, &known))).await;
+            let _ = tokio::time::timeout(POLL, watch.wait_for(|at| news(at, &known) || has_left())).await;
             here.shared.positions()
         }
     };
+    if has_left() {
+        return Err(refused(format!("the replica of {} has left this node", here.group.id)));
+    }
     let fresh = here.group.freshness();
     let fresh = pb::RelayFreshness {
         node_id: node.get(),
@@ -262,7 +266,7 @@ async fn barrier(broker: Arc<Broker>, payload: Bytes) -> Answer {
         Ok(applied) => {
             let shared = broker.groups().directory().get(ShardId::new(call.shard_id));
             // Of one that is sealed, only the group that adopts it can tell.
-            let shared = shared.filter(|shared| shared.group() == id && shared.heir().is_none());
+            let shared = shared.filter(|shared| shared.heir().is_none() && shared.group() == id);
             let result = pb::relay_barred::Result::Read(pb::RelayReadIndex {
                 applied: applied.get(),
                 positions: shared.map(|shared| positions_to_pb(&shared.positions())),

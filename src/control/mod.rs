@@ -38,6 +38,8 @@ pub use peers::HintsKeeper;
 pub use start::{MetaStart, NodeFacts};
 use view::{StreamView, View};
 
+/// How long the answer to a proposal of a shard's settings may take.
+const PROPOSE_MAX: Duration = Duration::from_secs(2);
 /// How long an admin call waits for its effect to be in place everywhere it must be.
 const SETTLE: Duration = Duration::from_secs(10);
 /// Hand-overs side by side when a node stops.
@@ -162,7 +164,15 @@ impl Control {
     }
 
     async fn propose_shard(&self, group: &Group, op: pb::group_command::Op) -> Result<Applied, ProposeError> {
-        Ok(self.propose_indexed(group, op).await?.1)
+        let proposed = self.propose_indexed(group, op);
+        if self.peers.is_none() {
+            return Ok(proposed.await?.1);
+        }
+        match tokio::time::timeout(PROPOSE_MAX, proposed).await {
+            Ok(done) => Ok(done?.1),
+            // Without a quorum it would not be answered before there is one again, and what else is to be done here would wait.
+            Err(_) => Err(ProposeError::Unknown { group: group.id }),
+        }
     }
 
     async fn propose_indexed(

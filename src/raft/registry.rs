@@ -237,8 +237,10 @@ impl Groups {
         let _changing = self.changing.lock().await;
         self.end(id).await;
         self.directory().abandon(shard, id);
-        let state = self.context.state.clone();
+        let (state, directory) = (self.context.state.clone(), self.directory().clone());
         let dropped = tokio::task::spawn_blocking(move || {
+            // Another group's replica may be about to take the shard over.
+            let applying = directory.applying(shard);
             let sealed = |(at, owner, record): &(ShardId, GroupId, Bytes)| {
                 (*at, *owner) == (shard, id) && ShardMachine::heir_in(record).is_some()
             };
@@ -246,9 +248,9 @@ impl Groups {
                 let mut batch = state.batch();
                 batch.drop_shard(shard);
                 state.write(batch)?;
-                state.flush()?;
             }
-            Ok(())
+            drop(applying);
+            state.flush()
         });
         dropped.await.map_err(|_| StorageError::Closed)?
     }
@@ -294,10 +296,7 @@ impl Groups {
             Some(group) => {
                 group.shutdown().await;
                 // Who reads its shards here must look elsewhere.
-                let all = self.directory().all();
-                all.iter()
-                    .filter(|shard| shard.group() == id)
-                    .for_each(|shard| shard.nudge());
+                self.nudge(id);
                 true
             }
             None => false,
@@ -328,9 +327,18 @@ impl Groups {
             .collect()
     }
 
-    /// Whether a replica of the group runs here.
+    /// Whether a replica of the group runs here, and goes on. One that cannot shows what it has where nobody else has it.
     pub fn holds(&self, id: GroupId) -> bool {
-        self.groups.read().contains_key(&id)
+        let goes_on = |group: &Group| group.fault().is_none() || self.options.peers.is_none();
+        self.groups.read().get(&id).is_some_and(goes_on)
+    }
+
+    /// Who reads the shards of a group here looks whether they still can.
+    pub(super) fn nudge(&self, id: GroupId) {
+        let all = self.directory().all();
+        all.iter()
+            .filter(|shard| shard.group() == id)
+            .for_each(|shard| shard.nudge());
     }
 
     pub fn all(&self) -> Vec<Group> {

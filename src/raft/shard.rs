@@ -122,7 +122,8 @@ impl ShardShared {
 
     /// Whether the shard went from this group to the one that has it now.
     pub fn came_from(&self, group: GroupId) -> bool {
-        self.former.load(Ordering::Acquire) == group.get() && self.group() != group
+        let owner = self.group();
+        self.former.load(Ordering::Acquire) == group.get() && owner != group && owner != NOWHERE
     }
 
     /// The group that the shard goes to, if it is sealed here and not adopted yet.
@@ -137,25 +138,28 @@ impl ShardShared {
         self.heir.store(heir.get(), Ordering::Release);
     }
 
-    /// Another group's replica here has the shard from now on. Whoever reads it goes on.
-    pub(super) fn hand_over(&self, to: GroupId) {
-        self.heir.store(0, Ordering::Release);
+    /// This group's replica here has the shard from now on, and it is sealed for that heir, or not. Whoever reads it goes on.
+    ///
+    /// The heir last: who finds none finds the group that has the shard, and not the one that had it.
+    pub(super) fn hand_over(&self, to: GroupId, heir: Option<GroupId>) {
         let from = self.group.swap(to.get(), Ordering::AcqRel);
         if from != to.get() {
             self.former.store(from, Ordering::Release);
         }
+        self.heir.store(heir.map_or(0, GroupId::get), Ordering::Release);
     }
 
     /// The group that has the last word, if it is not `asked`: the one that adopted the shard, or is to.
     pub fn went_on_from(&self, asked: GroupId) -> Option<GroupId> {
+        let heir = self.heir();
         let owner = self.group();
-        self.heir().or((owner != asked).then_some(owner))
+        heir.or(Some(owner)).filter(|next| *next != asked)
     }
 
     /// What its replica had is gone from this node: no group's replica writes here any more, also if the group gets another
     /// one. Who reads looks elsewhere.
     pub(super) fn abandon(&self) {
-        self.hand_over(NOWHERE);
+        self.hand_over(NOWHERE, None);
         self.clear_recent();
         self.nudge();
     }
@@ -253,6 +257,8 @@ pub struct ShardDirectory {
     shards: RwLock<HashMap<ShardId, Arc<ShardShared>>>,
     /// Held by a replica while it changes a shard, by shard: two groups never do at a time.
     applying: Box<[Mutex<()>]>,
+    /// Shards of which a group's replica here takes over a snapshot: nobody sees them meanwhile.
+    arriving: Mutex<HashMap<ShardId, GroupId>>,
 }
 
 impl Default for ShardDirectory {
@@ -260,6 +266,7 @@ impl Default for ShardDirectory {
         Self {
             shards: RwLock::default(),
             applying: std::iter::repeat_with(Mutex::default).take(APPLYING).collect(),
+            arriving: Mutex::default(),
         }
     }
 }
@@ -283,15 +290,16 @@ impl ShardDirectory {
     pub(super) fn face(
         &self,
         shard: ShardId,
-        group: GroupId,
+        (group, heir): (GroupId, Option<GroupId>),
         budget: &Arc<RecentBudget>,
         positions: Positions,
     ) -> Arc<ShardShared> {
         if let Some(face) = self.get(shard) {
-            face.hand_over(group);
+            face.hand_over(group, heir);
             return face;
         }
         let face = ShardShared::new(shard, group, budget.clone());
+        face.hand_over(group, heir);
         face.publish(positions);
         self.shards.write().insert(shard, face.clone());
         face
@@ -299,6 +307,27 @@ impl ShardDirectory {
 
     pub(super) fn remove(&self, shard: ShardId) {
         self.shards.write().remove(&shard);
+    }
+
+    /// While it is held: what there is of the shard here is about to be replaced by what this group's replica takes over. Who
+    /// reads it must not take what is missing meanwhile for what is gone: it looks elsewhere.
+    pub(super) fn begin_arrival(&self, shard: ShardId, group: GroupId) {
+        self.arriving.lock().insert(shard, group);
+        if let Some(face) = self.get(shard) {
+            self.remove(shard);
+            face.abandon();
+        }
+    }
+
+    /// Everything that this group's replica took over is shown.
+    pub(super) fn end_arrivals(&self, group: GroupId) {
+        self.arriving.lock().retain(|_, to| *to != group);
+    }
+
+    /// The group whose replica here has the shard, or takes it over.
+    pub(super) fn owner(&self, shard: ShardId) -> Option<GroupId> {
+        let arriving = || self.arriving.lock().get(&shard).copied();
+        self.get(shard).map(|face| face.group()).or_else(arriving)
     }
 
     /// What a group's replica had of a shard here is removed: nobody sees it any more.
@@ -365,7 +394,7 @@ mod tests {
         let budget = RecentBudget::new(1 << 20);
         let directory = ShardDirectory::default();
         let (shard, a, b) = (ShardId::new(1), GroupId::new(7), GroupId::new(8));
-        let show = |group| directory.face(shard, group, &budget, Positions::initial());
+        let show = |group| directory.face(shard, (group, None), &budget, Positions::initial());
         let first = show(a);
         assert!(Arc::ptr_eq(&first, &show(b)));
         assert_eq!((first.group(), first.came_from(a)), (b, true));
@@ -379,10 +408,20 @@ mod tests {
         second.leave_to(a);
         assert_eq!((second.heir(), second.went_on_from(b)), (Some(a), Some(a)));
         assert!(Arc::ptr_eq(&second, &show(a)));
-        assert_eq!((second.group(), second.went_on_from(a)), (a, None));
+        assert_eq!(
+            (second.group(), second.went_on_from(a), second.went_on_from(b)),
+            (a, None, Some(a))
+        );
         assert!(Arc::ptr_eq(&second, &directory.get(shard).expect("it is there")));
         // Whoever holds the one from before does not take it for this one, though its group has a replica here again.
-        assert!(first.group() != a && first.group() != b);
+        assert!(first.group() != a && first.group() != b && !first.came_from(b));
         assert_eq!(budget.used(), 0);
+        // Nor is what is being replaced by a snapshot seen, though it is known whose it will be.
+        directory.begin_arrival(shard, b);
+        assert!(directory.get(shard).is_none());
+        assert_eq!((directory.owner(shard), second.group()), (Some(b), NOWHERE));
+        show(b);
+        directory.end_arrivals(b);
+        assert_eq!(directory.owner(shard), Some(b));
     }
 }

@@ -190,6 +190,7 @@ impl GroupMachine {
             }
         }
         self.show_all()?;
+        self.context.directory.end_arrivals(self.group);
         if let (Some(before), Some(meta)) = (before.meta(), self.machine.meta()) {
             let mut changes = forgotten(before, meta);
             changes.extend(everything(meta));
@@ -209,19 +210,17 @@ impl GroupMachine {
                 continue;
             }
             let at = positions(machine, term);
-            let face = self.face(shard, at);
+            let face = self.face(shard, machine, at);
             face.clear_recent();
             face.publish(at);
-            if let Some(seal) = machine.seal() {
-                face.leave_to(GroupId::new(seal.to_group));
-            }
         }
         Ok(())
     }
 
-    fn face(&self, shard: ShardId, at: Positions) -> Arc<ShardShared> {
+    fn face(&self, shard: ShardId, machine: &ShardMachine, at: Positions) -> Arc<ShardShared> {
         let context = &self.context;
-        context.directory.face(shard, self.group, &context.recent, at)
+        let heir = machine.seal().map(|seal| GroupId::new(seal.to_group));
+        context.directory.face(shard, (self.group, heir), &context.recent, at)
     }
 
     /// A shard is not here any more. One that went to another group is not gone.
@@ -257,8 +256,8 @@ impl GroupMachine {
     /// A shard goes to another group only after every replica of this one has applied its seal (0048): whoever finds another
     /// one in its place must not go on.
     fn must_own(&self, id: &LogId, shard: ShardId) -> io::Result<()> {
-        let face = self.context.directory.get(shard);
-        let elsewhere = face.is_some_and(|face| face.group() != self.group);
+        let owner = self.context.directory.owner(shard);
+        let elsewhere = owner.is_some_and(|owner| owner != self.group);
         let open = |machine: &ShardMachine| machine.seal().is_none();
         if elsewhere && self.machine.shard(shard).is_some_and(open) {
             let why = format!("another group has {shard}, which was not sealed here");
@@ -335,7 +334,7 @@ impl GroupMachine {
                         return;
                     }
                     let at = positions(machine, touched.term);
-                    let face = self.face(shard, at);
+                    let face = self.face(shard, machine, at);
                     if touched.holes {
                         face.clear_recent();
                     }
@@ -507,9 +506,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
         // From here on no other group's replica here applies to them.
         for shard in staged.shard_ids() {
             let _applying = self.context.directory.applying(shard);
-            if let Some(face) = self.context.directory.get(shard) {
-                face.hand_over(self.group);
-            }
+            self.context.directory.begin_arrival(shard, self.group);
         }
         let (state, marker) = (self.context.state.clone(), self.marker());
         let switch = run_blocking(move || state.install_group(staged, &sealed, index, &marker));

@@ -9,6 +9,7 @@ use tokio::sync::broadcast;
 use super::group::Group;
 use super::members::LeaderView;
 use super::registry::Groups;
+use super::types::StoredMembership;
 use crate::base::metric_names as names;
 use crate::model::{GroupId, ReplicaId, Term};
 
@@ -70,12 +71,13 @@ pub(super) async fn watch(groups: Weak<Groups>, group: Group, events: broadcast:
                 leader,
             });
         }
-        let is_member = now.membership_config.nodes().any(|(n, _)| *n == replica.get());
-        was_member |= is_member;
+        let names = |config: &StoredMembership| config.nodes().any(|(n, _)| *n == replica.get());
+        // What a leader has proposed may be taken back by the next one: only what is committed makes a member of it.
+        was_member |= names(&now.committed_membership_config);
         let committed = now.membership_config.log_id() == now.committed_membership_config.log_id();
         // A replica that catches up meets members of long ago, before it was one. One that leads still has to tell the
         // others that its removal is committed; openraft ends its leadership then.
-        if was_member && !is_member && committed && !now.state.is_leader() {
+        if was_member && !names(&now.membership_config) && committed && !now.state.is_leader() {
             tracing::info!(group = %id, %replica, "this replica was removed from its group");
             if let Some(groups) = groups.upgrade() {
                 groups.stop(id).await;
@@ -85,6 +87,9 @@ pub(super) async fn watch(groups: Weak<Groups>, group: Group, events: broadcast:
         }
         if metrics.changed().await.is_err() {
             group.has_ended();
+            if let Some(groups) = groups.upgrade() {
+                groups.nudge(id);
+            }
             tell(GroupEvent::Stopped { group: id, replica });
             return;
         }

@@ -131,14 +131,16 @@ async fn read(group: &Group, groups: &Groups, shard: ShardId) -> Result<Told, St
     if shared.came_from(group.id) {
         group = groups.get(shared.group()).ok_or("its group has no replica here")?;
     }
-    group.read_barrier().await.map_err(|e| e.to_string())?;
-    // What the former group has applied, or the replica here has, shows that the shard went on: then the new one has the last
-    // word.
-    if let Some(next) = shared.went_on_from(group.id) {
-        let next = groups.get(next).ok_or("the next group has no replica here")?;
-        next.read_barrier().await.map_err(|e| e.to_string())?;
+    for _ in 0..4 {
+        group.read_barrier().await.map_err(|e| e.to_string())?;
+        // What the former group has applied, or the replica here has, shows that the shard went on: then the new one has the
+        // last word.
+        let Some(next) = shared.went_on_from(group.id) else {
+            return Ok(Told::Tail(shared.positions().tail));
+        };
+        group = groups.get(next).ok_or("the next group has no replica here")?;
     }
-    Ok(Told::Tail(shared.positions().tail))
+    Err("the shard goes from group to group".into())
 }
 
 async fn propose(group: &Group, command: Bytes) -> Result<(u64, Leader, Applied), ProposeError> {

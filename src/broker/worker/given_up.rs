@@ -74,6 +74,15 @@ impl GivenUp {
         stamp.sequence <= mark.last
     }
 
+    /// Whether a batch ended as unknown before: it may be stored.
+    pub fn was_unknown(&self, stamp: &pb::ProducerStamp) -> bool {
+        if self.0.is_empty() {
+            return false;
+        }
+        let mark = self.0.get(&(stamp.producer_id, stamp.epoch));
+        mark.is_some_and(|mark| stamp.sequence <= mark.last)
+    }
+
     /// The machine's word on a batch is told: with the last one all are answered.
     pub fn answered(&mut self, stamp: &pb::ProducerStamp) {
         let producer = (stamp.producer_id, stamp.epoch);
@@ -110,6 +119,11 @@ mod tests {
         assert!(given_up.take(&stamp(1, 1, 7)), "it may be stored");
         assert!(!given_up.is_behind(&stamp(1, 1, 8)));
         assert!(given_up.is_behind(&stamp(1, 1, 9)));
+        assert!(
+            given_up.was_unknown(&stamp(1, 1, 8)),
+            "it may be stored, though it is not its turn"
+        );
+        assert!(!given_up.was_unknown(&stamp(1, 1, 9)) && !given_up.was_unknown(&stamp(2, 1, 8)));
         assert!(given_up.take(&stamp(1, 1, 8)));
         assert!(!given_up.is_behind(&stamp(1, 1, 9)));
         assert!(!given_up.take(&stamp(1, 1, 9)), "it was never sent");

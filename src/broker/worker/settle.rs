@@ -91,6 +91,9 @@ impl Worker {
     /// Tells the last word on a batch.
     pub(super) fn conclude(&mut self, mut waiting: Waiting, outcome: Outcome) {
         let group = self.group();
+        let stamp = waiting.item.producer.filter(|_| !waiting.relayed);
+        // Also of one whose turn has not come.
+        waiting.uncertain |= stamp.is_some_and(|stamp| self.given_up.was_unknown(&stamp));
         let told = reach_told(&outcome);
         let unknown = || match told.or_else(|| self.router.without_quorum(group)) {
             Some(reach) => Err(PublishError::Unconfirmed { group, reach }),
@@ -132,7 +135,6 @@ impl Worker {
             }
             outcome @ (Ok(_) | Err(_)) => outcome,
         };
-        let stamp = waiting.item.producer.filter(|_| !waiting.relayed);
         if let Some((reply, permit)) = waiting.reply.take() {
             let is_unknown = outcome.is_err() && waiting.uncertain;
             let is_stored = outcome.is_ok();

@@ -1,5 +1,7 @@
 //! Installing a snapshot: traps B and E, and what a crash in between leaves.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use openraft::{EntryPayload, RaftLogReader, RaftSnapshotBuilder, Snapshot};
 
 use super::super::load;
@@ -147,4 +149,42 @@ async fn what_is_published_follows_an_install() {
     let meta = snapshot.meta.clone();
     machine.install_snapshot(&meta, GroupSnapshot::local(0)).await.unwrap();
     assert_eq!(directory.get(SHARD).unwrap().positions().tail, tail);
+}
+
+/// Who reads a shard while a snapshot takes the place of what is here never misses what was shown: the reader is told to look
+/// elsewhere before anything goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_misses_nothing_during_an_install() {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let (_donor, snapshot) = donor(dirs[0].path(), 3, 20).await;
+    let store = open_store(dirs[1].path());
+    let log = GroupLog::open(store.log().clone(), GROUP).unwrap();
+    let context = context(&store);
+    let directory = context.directory.clone();
+    let mut machine = GroupMachine::open(GROUP, context, log).unwrap();
+    apply(&mut machine, entries(12)).await;
+    let (face, state) = (directory.get(SHARD).unwrap(), store.state().clone());
+    let (read, ended) = (face.clone(), Arc::new(AtomicBool::new(false)));
+    let end = ended.clone();
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut looks = 0;
+        while !end.load(Ordering::Acquire) {
+            let tail = read.positions().tail;
+            let found = state.read_batches(SHARD, Sequence::FIRST, usize::MAX).unwrap();
+            let upto = found.last().map_or(Sequence::FIRST, |batch| batch.end());
+            assert!(upto >= tail || read.group() != GROUP, "{upto} of {tail}");
+            looks += 1;
+        }
+        looks
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    machine
+        .install_snapshot(&snapshot.meta, snapshot.snapshot)
+        .await
+        .unwrap();
+    ended.store(true, Ordering::Release);
+    assert!(reader.await.unwrap() > 0);
+    let now = directory.get(SHARD).unwrap();
+    assert!(face.group() != GROUP && !Arc::ptr_eq(&face, &now));
+    assert_eq!((now.group(), now.positions().tail), (GROUP, Sequence::new(19)));
 }
