@@ -190,7 +190,14 @@ async fn without_a_quorum_a_session_is_told_in_time() {
         .ask(unknown[1], batch(unknown[1]))
         .await
         .expect_err("it is behind");
-    assert_eq!(failure.retry, "did_not_happen", "{failure:?}");
+    assert_eq!(failure.retry, "may_have_happened", "{failure:?}");
+    // This one never left.
+    let certain = unknown[unknown.len() - 1] + 1;
+    let failure = session.ask(certain, batch(certain)).await.expect_err("it is behind");
+    assert_eq!(
+        (failure.retry.as_str(), failure.reason.as_str()),
+        ("did_not_happen", "EARLIER_UNKNOWN")
+    );
     for number in FIRST..FIRST + sent.len() as u64 {
         session.ask(number, batch(number)).await.unwrap();
     }

@@ -177,12 +177,17 @@ impl Flow {
             .await
             .expect("the publisher ends")
             .unwrap();
-        let stored: Vec<Read> = node
-            .api()
-            .await
-            .read_all(&self.stream)
-            .await
-            .expect("everything is read");
+        // A replica may be leaving the node in this moment.
+        let begun = Instant::now();
+        let stored: Vec<Read> = loop {
+            match node.api().await.read_all(&self.stream).await {
+                Ok(stored) => break stored,
+                Err(failure) if failure.retry == "did_not_happen" && begun.elapsed() < PATIENCE => {
+                    println!("read again: {failure:?}");
+                }
+                Err(failure) => panic!("not everything is read: {failure:?}"),
+            }
+        };
         let total = stored.len() as u64;
         until("the reader has everything", async || self.seen.lock().read >= total).await;
         self.stop_reading.cancel();

@@ -137,11 +137,14 @@ async fn a_shard_does_not_move_while_a_node_is_away() {
     let mut cluster = Cluster::start(3, Options::plain()).await;
     let client = client(&cluster);
     create(&client, "pooled", 1, 3, false).await;
-    let mut leader = None;
-    until("it has a leader", async || {
+    // Leaders of new groups are spread over the nodes first.
+    let (mut leader, mut since) = (None, Instant::now());
+    until("it has a leader, who stays", async || {
         let report = client.cluster_report(Some("pooled"), Vec::new()).await.unwrap();
-        leader = report.groups[0].leader_node;
-        leader.is_some()
+        if std::mem::replace(&mut leader, report.groups[0].leader_node) != leader {
+            since = Instant::now();
+        }
+        leader.is_some() && since.elapsed() > Duration::from_secs(2) && client.plan().await.unwrap().actions.is_empty()
     })
     .await;
     let led_by = leader.unwrap();
