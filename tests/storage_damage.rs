@@ -520,3 +520,40 @@ fn a_state_that_lost_what_the_log_has_purged_is_refused() {
         other => panic!("{other:?}"),
     }
 }
+
+/// The kind of a record tells where its content begins, and is read before its checksum: RocksDB would read for ever.
+#[test]
+fn a_manifest_with_a_changed_kind_of_record_is_refused() {
+    for area in ["log", "state"] {
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()).unwrap());
+        let current = fs::read_to_string(dir.path().join(area).join("CURRENT")).unwrap();
+        let manifest = dir.path().join(area).join(current.trim_end());
+        let bytes = fs::read(&manifest).unwrap();
+        let mut kinds = Vec::new();
+        let mut at = 0;
+        while at + 7 <= bytes.len() {
+            kinds.push(at + 6);
+            at += 7 + usize::from(u16::from_le_bytes([bytes[at + 4], bytes[at + 5]]));
+        }
+        assert!(
+            kinds.len() > 1 && kinds.iter().all(|kind| bytes[*kind] == 1),
+            "{kinds:?}"
+        );
+        for kind in kinds {
+            let mut changed = bytes.clone();
+            changed[kind] ^= 1 << 2;
+            fs::write(&manifest, &changed).unwrap();
+            let (tx, rx) = std::sync::mpsc::channel();
+            let path = dir.path().to_owned();
+            std::thread::spawn(move || tx.send(open(&path).map(drop)));
+            match (area, rx.recv_timeout(Duration::from_secs(30)).unwrap()) {
+                ("log", Err(OpenError::LogDamaged { file, .. })) => assert_eq!(file, manifest),
+                ("state", Err(OpenError::StateDamaged { file, .. })) => assert_eq!(file, manifest),
+                (_, other) => panic!("{area}, byte {kind}: {other:?}"),
+            }
+        }
+        fs::write(&manifest, &bytes).unwrap();
+        drop(open(dir.path()).unwrap());
+    }
+}

@@ -211,7 +211,7 @@ impl Broker {
         if let Some(shared) = shared.as_ref().filter(|shared| shared.came_from(owner)) {
             owner = shared.group();
         }
-        let here = shared.zip(self.groups.get(owner).filter(|_| self.groups.holds(owner)));
+        let here = shared.zip(self.groups.serving(owner));
         let face = match here.filter(|_| !self.is_read_elsewhere(shard, owner)) {
             Some((shared, group)) => Face::Here { shared, group },
             None => Face::There(self.router.peers.is_some().then(|| self.remote(shard, owner))?),

@@ -22,7 +22,7 @@ use crate::machine::port::ShardView;
 use crate::model::limits::ENTRY_ITEMS_MAX;
 use crate::model::{GroupId, LogIndex, NodeId, Sequence, ShardId, TimeUs};
 use crate::raft::transport::{CallFailure, PeerMethod, PeerService};
-use crate::raft::{BarrierError, Group, ProposeError, ShardShared};
+use crate::raft::{BarrierError, Group, Groups, ProposeError, ShardShared};
 use crate::wire::internal as pb;
 
 /// Fetches of other nodes that are answered at a time: each holds about [`FILL_BYTES`] until it is sent.
@@ -52,6 +52,17 @@ impl AsRef<[u8]> for Held {
 struct Here {
     group: Group,
     shared: Arc<ShardShared>,
+}
+
+impl Here {
+    /// Err: the shard is in no replica that goes on here, and what was read of it may be missing something. To be asked after
+    /// reading.
+    fn stays(&self, groups: &Groups) -> Result<(), String> {
+        match groups.holds(self.shared.group()) {
+            true => Ok(()),
+            false => Err(format!("the replica of {} has left this node", self.group.id)),
+        }
+    }
 }
 
 pub(super) type Answer = Result<Bytes, CallFailure>;
@@ -228,19 +239,20 @@ async fn positions(broker: Arc<Broker>, payload: Bytes) -> Answer {
     let (node, groups) = (broker.node(), broker.groups().clone());
     // While it waits it holds the shard, not the node.
     drop(broker);
-    let has_left = || !groups.holds(here.shared.group());
     let mut watch = here.shared.watch();
     let at = match call.known.as_ref().map(positions_from_pb) {
         None => *watch.borrow(),
         Some(known) => {
             // Its sender lives in `here`; after the time, what there is is told.
-            let _ = tokio::time::timeout(POLL, watch.wait_for(|at| news(at, &known) || has_left())).await;
+            let _ = tokio::time::timeout(
+                POLL,
+                watch.wait_for(|at| news(at, &known) || here.stays(&groups).is_err()),
+            )
+            .await;
             here.shared.positions()
         }
     };
-    if has_left() {
-        return Err(refused(format!("the replica of {} has left this node", here.group.id)));
-    }
+    here.stays(&groups).map_err(refused)?;
     let fresh = here.group.freshness();
     let fresh = pb::RelayFreshness {
         node_id: node.get(),
@@ -323,10 +335,7 @@ async fn fetch(broker: Arc<Broker>, payload: Bytes, place: OwnedSemaphorePermit)
             })
         });
         let batches = batches.collect::<Result<Vec<_>, ReadError>>()?;
-        if !groups.holds(here.shared.group()) {
-            let left = format!("the replica of {} has left this node", here.group.id);
-            return Err(ReadError::Unreachable(left));
-        }
+        here.stays(&groups).map_err(ReadError::Unreachable)?;
         let result = pb::relay_fetched::Result::Batches(pb::RelayBatches { batches });
         Ok(pb::RelayFetched { result: Some(result) }.encode_to_vec())
     });

@@ -85,6 +85,11 @@ struct Waiting {
 }
 
 impl Waiting {
+    /// Of a batch that a producer numbered and sent to this node.
+    fn stamp(&self) -> Option<&pb::ProducerStamp> {
+        self.item.producer.as_ref().filter(|_| !self.relayed)
+    }
+
     fn producer(&self) -> Option<(u64, u64)> {
         self.item.producer.as_ref().map(|p| (p.producer_id, p.epoch))
     }
@@ -256,15 +261,13 @@ impl Worker {
 
     /// Whether its producer must send another one again first.
     fn is_behind(&self, waiting: &Waiting) -> bool {
-        let stamp = waiting.item.producer.as_ref().filter(|_| !waiting.relayed);
-        stamp.is_some_and(|stamp| self.given_up.is_behind(stamp))
+        waiting.stamp().is_some_and(|stamp| self.given_up.is_behind(stamp))
     }
 
     /// A batch whose turn it is. What ended as unknown before may be stored, however this attempt ends.
     fn taken(&mut self, mut waiting: Waiting) -> Waiting {
-        if let Some(stamp) = waiting.item.producer.as_ref().filter(|_| !waiting.relayed) {
-            waiting.uncertain |= self.given_up.take(stamp);
-        }
+        let was_unknown = waiting.stamp().is_some_and(|stamp| self.given_up.take(stamp));
+        waiting.uncertain |= was_unknown;
         waiting
     }
 

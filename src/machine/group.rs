@@ -99,7 +99,7 @@ impl GroupMachine {
     }
 
     /// All shards, by id.
-    pub fn shards(&self) -> impl Iterator<Item = &ShardMachine> {
+    pub fn shards(&self) -> impl ExactSizeIterator<Item = &ShardMachine> {
         self.shards.values()
     }
 

@@ -246,6 +246,7 @@ impl Group {
         if let Some(snapshot) = machine.installed() {
             log.begin_behind(snapshot).await.map_err(|e| stopped(e.to_string()))?;
         }
+        log.belongs_to(replica, machine.membership());
         machine.wait_for_nobody().map_err(|e| stopped(e.to_string()))?;
         if origin == Origin::Restart && log.last().is_none() {
             return Err(stopped(
@@ -392,10 +393,18 @@ impl Group {
         };
         self.hold
             .update(durable.get(), self.log.appended_bytes(), others, self.keep);
-        self.raft.trigger().snapshot().await.map_err(|e| ProposeError::Stopped {
+        let stopped = |e: openraft::errors::Fatal<Mainstem>| ProposeError::Stopped {
             group: self.id,
             reason: e.to_string(),
-        })
+        };
+        self.raft.trigger().snapshot().await.map_err(stopped)?;
+        // After a start what `state/` holds is the newest snapshot, however far back the log reaches: of a group to which
+        // nothing is written no newer one is made, whose making would purge it. Without effect on what is purged already.
+        let last = self.log.last().map_or(0, |last| last.index);
+        match self.hold.limit(durable.get()).filter(|upto| *upto <= last) {
+            Some(upto) => self.raft.trigger().purge_log(upto).await.map_err(stopped),
+            None => Ok(()),
+        }
     }
 
     /// No replica comes into being from log entries up to this one.

@@ -19,8 +19,8 @@ use tokio::sync::oneshot;
 
 use super::codec;
 use super::trail::{LogLag, Trail};
-use super::types::{Entry, LogId, Mainstem, Vote};
-use crate::model::{GroupId, LogIndex};
+use super::types::{Entry, LogId, Mainstem, StoredMembership, Vote};
+use crate::model::{GroupId, LogIndex, ReplicaId};
 use crate::storage::{LogDb, StorageError};
 
 /// Applied and synced entries are kept in memory up to this many bytes per group.
@@ -59,6 +59,10 @@ struct Tail {
     applied: Option<u64>,
     vote: Option<Vote>,
     committed: Option<LogId>,
+    /// The replica whose log it is, and whether its group has others, as of the last membership that is known here. Only for
+    /// how an append is written.
+    own: Option<u64>,
+    others: bool,
     /// When how much was appended.
     trail: Trail,
 }
@@ -135,6 +139,13 @@ impl GroupLog {
             db,
             tail: Arc::new(Mutex::new(tail)),
         })
+    }
+
+    /// Whose log it is, and the members of its group as far as they are known.
+    pub fn belongs_to(&self, replica: ReplicaId, members: &StoredMembership) {
+        let mut tail = self.tail.lock();
+        tail.own = Some(replica.get());
+        tail.others = members.nodes().any(|(id, _)| *id != replica.get());
     }
 
     /// The last entry of the log, or the last purged one.
@@ -371,6 +382,7 @@ impl RaftLogStorage<Mainstem> for GroupLog {
         I::IntoIter: OptionalSend,
     {
         let mut records = Vec::new();
+        let has_followers;
         {
             let now = Instant::now();
             let mut tail = self.tail.lock();
@@ -393,28 +405,34 @@ impl RaftLogStorage<Mainstem> for GroupLog {
                 tail.bytes += weight(&entry);
                 tail.appended_bytes += weight(&entry) as u64;
                 tail.trail.note(index, weight(&entry) as u64, now);
+                if let EntryPayload::Membership(members) = &entry.payload {
+                    tail.others = members.nodes().any(|(id, _)| Some(*id) != tail.own);
+                }
                 tail.entries.push_back(entry);
             }
+            let leads = tail.last.map(|last| last.leader_id.node_id) == tail.own;
+            has_followers = leads && tail.others;
         }
         let Some(upto) = records.last().map(|(index, _)| index.get()) else {
             callback.io_completed(Ok(()));
             return Ok(());
         };
         let tail = self.tail.clone();
-        self.db.append(
-            self.group,
-            records,
-            Box::new(move |res| {
-                if res.is_ok() {
-                    let mut tail = tail.lock();
-                    // A truncation since may have taken the end away again.
-                    let last = tail.last.map_or(0, |l| l.index);
-                    tail.synced = tail.synced.max(Some(upto.min(last)));
-                    tail.trim();
-                }
-                callback.io_completed(res.map_err(io_error));
-            }),
-        );
+        let done = Box::new(move |res: Result<(), StorageError>| {
+            if res.is_ok() {
+                let mut tail = tail.lock();
+                // A truncation since may have taken the end away again.
+                let last = tail.last.map_or(0, |l| l.index);
+                tail.synced = tail.synced.max(Some(upto.min(last)));
+                tail.trim();
+            }
+            callback.io_completed(res.map_err(io_error));
+        });
+        // Who leads others sends them the entries next: they write theirs meanwhile.
+        match has_followers {
+            true => self.db.append_aside(self.group, records, done),
+            false => self.db.append(self.group, records, done),
+        }
         Ok(())
     }
 

@@ -329,8 +329,17 @@ impl Groups {
 
     /// Whether a replica of the group runs here, and goes on. One that cannot shows what it has where nobody else has it.
     pub fn holds(&self, id: GroupId) -> bool {
-        let goes_on = |group: &Group| group.fault().is_none() || self.options.peers.is_none();
-        self.groups.read().get(&id).is_some_and(goes_on)
+        self.groups.read().get(&id).is_some_and(|group| self.goes_on(group))
+    }
+
+    /// The replica of the group here, if it goes on.
+    pub fn serving(&self, id: GroupId) -> Option<Group> {
+        let groups = self.groups.read();
+        groups.get(&id).filter(|group| self.goes_on(group)).cloned()
+    }
+
+    fn goes_on(&self, group: &Group) -> bool {
+        group.fault().is_none() || self.options.peers.is_none()
     }
 
     /// Who reads the shards of a group here looks whether they still can.

@@ -313,10 +313,7 @@ impl ShardDirectory {
     /// reads it must not take what is missing meanwhile for what is gone: it looks elsewhere.
     pub(super) fn begin_arrival(&self, shard: ShardId, group: GroupId) {
         self.arriving.lock().insert(shard, group);
-        if let Some(face) = self.get(shard) {
-            self.remove(shard);
-            face.abandon();
-        }
+        self.take_away(shard, |_| true);
     }
 
     /// Everything that this group's replica took over is shown.
@@ -333,7 +330,12 @@ impl ShardDirectory {
     /// What a group's replica had of a shard here is removed: nobody sees it any more.
     pub(super) fn abandon(&self, shard: ShardId, group: GroupId) {
         let _applying = self.applying(shard);
-        if let Some(face) = self.get(shard).filter(|face| face.group() == group) {
+        self.take_away(shard, |owner| owner == group);
+    }
+
+    /// While it is held: nobody sees the shard here any more, if it is whose it should be.
+    fn take_away(&self, shard: ShardId, whose: impl FnOnce(GroupId) -> bool) {
+        if let Some(face) = self.get(shard).filter(|face| whose(face.group())) {
             self.remove(shard);
             face.abandon();
         }

@@ -163,6 +163,11 @@ impl GroupMachine {
         self.installed
     }
 
+    /// The members of the group, as applied.
+    pub fn membership(&self) -> &StoredMembership {
+        &self.membership
+    }
+
     /// What the log must keep for other replicas; shared with the one who knows of them.
     pub fn hold(&self) -> Arc<PurgeHold> {
         self.hold.clone()
@@ -459,7 +464,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                     last_log_id,
                     last_membership: self.membership.clone(),
                 },
-                shards: self.machine.shards().count(),
+                shards: self.machine.shards().len(),
                 snapshot: self.snapshot.clone(),
                 flush: None,
             });
@@ -469,7 +474,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                 last_log_id: self.applied,
                 last_membership: self.membership.clone(),
             },
-            shards: self.machine.shards().count(),
+            shards: self.machine.shards().len(),
             snapshot: self.snapshot.clone(),
             flush: Some(self.context.state.clone()),
         })
@@ -532,7 +537,7 @@ impl RaftStateMachine<Mainstem> for GroupMachine {
                 last_membership: self.membership.clone(),
             },
             snapshot: GroupSnapshot {
-                shards: self.machine.shards().count(),
+                shards: self.machine.shards().len(),
                 bytes: self.machine.shards().map(ShardMachine::bytes).sum(),
                 content: Content::Pinned(pin),
             },

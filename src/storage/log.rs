@@ -121,6 +121,14 @@ impl LogDb {
         self.ask(group, Op::Append(entries), done);
     }
 
+    /// As [`append`](Self::append), for a caller that has more to do than to wait for the disk: it is never the one who writes.
+    pub fn append_aside(&self, group: GroupId, entries: Vec<(LogIndex, Bytes)>, done: Done) {
+        match self.0.shared.check() {
+            Ok(()) if !entries.is_empty() => self.0.queue.push(group, Op::Append(entries), done),
+            checked => done(checked),
+        }
+    }
+
     /// Saves a vote; `done` after it is synced.
     pub fn save_vote(&self, group: GroupId, vote: Bytes, done: Done) {
         self.ask(group, Op::Vote(vote), done);
@@ -289,5 +297,39 @@ impl LogDb {
             .filter(|(_, log)| log.quarantined)
             .map(|(g, _)| *g)
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::super::{Store, StoreOptions};
+    use super::*;
+
+    /// Also where a lone append is written by its caller.
+    #[test]
+    fn who_has_more_to_do_never_writes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut opts = StoreOptions::new(dir.path());
+        opts.min_free_bytes = 0;
+        opts.commit_on_caller = true;
+        let store = Store::open(opts, None).expect("new");
+        let (tx, written_by) = mpsc::channel();
+        for index in 0..200 {
+            let entries = vec![(LogIndex::new(index), Bytes::from_static(b"e"))];
+            let tx = tx.clone();
+            let done = Box::new(move |result: Result<(), StorageError>| {
+                result.expect("it is written");
+                tx.send(thread::current().id()).expect("waited for");
+            });
+            store.log().append_aside(GroupId::new(1), entries, done);
+            assert_ne!(written_by.recv().expect("it is done"), thread::current().id());
+            // As long as it takes for a lone append to count as one.
+            thread::sleep(std::time::Duration::from_micros(100));
+        }
+        let last = store.log().meta(GroupId::new(1)).expect("read").last;
+        assert_eq!(last, Some(LogIndex::new(199)));
     }
 }

@@ -9,6 +9,7 @@
 //! | `keys.rs`, `record.rs`, `envelope.rs`, `offsets.rs` | the disk format |
 //! | `queue.rs`, `committer.rs` | the one writer of log/: many groups, one sync |
 //! | `witness.rs`, `wal_check.rs`, `log_open.rs` | a log that lost something knows it |
+//! | `manifest_check.rs` | a damaged manifest that RocksDB would read for ever |
 //! | `log.rs` | Raft entries, votes, purge markers |
 //! | `state.rs`, `state_batch.rs`, `state_read.rs` | applied state: writing, flushing, reading |
 //! | `state_export.rs`, `state_pieces.rs` | the state of one group, for another node |
@@ -35,6 +36,7 @@ pub mod keys;
 mod lock;
 mod log;
 mod log_open;
+mod manifest_check;
 pub mod metric_names;
 mod offsets;
 mod options;

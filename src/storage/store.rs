@@ -60,6 +60,7 @@ impl Store {
         };
         make_dir(&opts.dir).map_err(|e| io("making the directory", e))?;
         let lock = Arc::new(DirLock::take(&opts.dir)?);
+        super::manifest_check::check(&opts.dir)?;
         let cache = Cache::new_lru_cache(opts.block_cache_bytes);
         let mut identity = match read_identity(&opts.dir)? {
             Some(identity) => identity,

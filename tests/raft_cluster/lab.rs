@@ -249,13 +249,9 @@ impl Lab {
         }
         self.propose(group, create_shard(SHARD_OF(group))).await;
         // Who has nothing of the group's log cannot be started again as one that has run before.
-        let begun = Instant::now();
         for n in 1..=voters {
-            let log = self.node(n as usize - 1).groups.get(group).unwrap().log().clone();
-            while log.last().is_none() {
-                assert!(begun.elapsed() < PATIENCE, "replica {n} gets no log");
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
+            let log = self.node(n as usize - 1).group(group).log().clone();
+            until("a log of each replica", || log.last().is_some()).await;
         }
     }
 

@@ -266,6 +266,27 @@ async fn no_replica_begins_with_entries_below_the_floor() {
     lab.end().await;
 }
 
+/// After a start what is durable counts as the newest snapshot, and nothing is written that would make another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_of_a_replica_that_was_started_again_goes_to_its_floor_though_nothing_is_written() {
+    let mut lab = Lab::new(3, Settings::default()).await;
+    lab.found(GROUP, 3).await;
+    let at = (lab.leader(GROUP).await + 1) % 3;
+    let applied = |lab: &Lab| lab.node(at).group(GROUP).status().last_applied.unwrap();
+    lab.publish(GROUP, 0..10, 300).await;
+    lab.converge(GROUP).await;
+    purge_to(&lab, at, GROUP, applied(&lab)).await;
+    lab.publish(GROUP, 10..20, 300).await;
+    lab.converge(GROUP).await;
+    lab.node(at).flush().await;
+    lab.kill(at).await;
+    lab.restart(at, GROUP).await;
+    lab.converge(GROUP).await;
+    purge_to(&lab, at, GROUP, applied(&lab)).await;
+    lab.holds(at, GROUP, 0..20);
+    lab.end().await;
+}
+
 /// What a replica leaves is removed, and another one begins anew; the old one never comes back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_gets_another_replica_of_a_group_that_it_has_left() {

@@ -54,12 +54,16 @@ impl GivenUp {
 
     /// Whether one before this batch is to be sent again first.
     pub fn is_behind(&self, stamp: &pb::ProducerStamp) -> bool {
+        self.mark(stamp)
+            .is_some_and(|mark| stamp.sequence > mark.next && mark.since.elapsed() < BEHIND_FOR)
+    }
+
+    fn mark(&self, stamp: &pb::ProducerStamp) -> Option<&Mark> {
         // Asked for each batch: what is common costs nothing.
         if self.0.is_empty() {
-            return false;
+            return None;
         }
-        let mark = self.0.get(&(stamp.producer_id, stamp.epoch));
-        mark.is_some_and(|mark| stamp.sequence > mark.next && mark.since.elapsed() < BEHIND_FOR)
+        self.0.get(&(stamp.producer_id, stamp.epoch))
     }
 
     /// A batch that is not behind is sent: the next one may follow. Whether it ended as unknown before.
@@ -76,11 +80,7 @@ impl GivenUp {
 
     /// Whether a batch ended as unknown before: it may be stored.
     pub fn was_unknown(&self, stamp: &pb::ProducerStamp) -> bool {
-        if self.0.is_empty() {
-            return false;
-        }
-        let mark = self.0.get(&(stamp.producer_id, stamp.epoch));
-        mark.is_some_and(|mark| stamp.sequence <= mark.last)
+        self.mark(stamp).is_some_and(|mark| stamp.sequence <= mark.last)
     }
 
     /// The machine's word on a batch is told: with the last one all are answered.

@@ -73,8 +73,7 @@ impl Worker {
     /// that one only after it was sent again.
     pub(super) fn end_behind(&mut self, stamp: &pb::ProducerStamp) {
         let is_behind = |waiting: &Waiting| {
-            let of = waiting.item.producer.as_ref().filter(|_| !waiting.relayed);
-            of.is_some_and(|of| {
+            waiting.stamp().is_some_and(|of| {
                 (of.producer_id, of.epoch) == (stamp.producer_id, stamp.epoch) && of.sequence > stamp.sequence
             })
         };

@@ -91,7 +91,7 @@ impl Worker {
     /// Tells the last word on a batch.
     pub(super) fn conclude(&mut self, mut waiting: Waiting, outcome: Outcome) {
         let group = self.group();
-        let stamp = waiting.item.producer.filter(|_| !waiting.relayed);
+        let stamp = waiting.stamp().copied();
         // Also of one whose turn has not come.
         waiting.uncertain |= stamp.is_some_and(|stamp| self.given_up.was_unknown(&stamp));
         let told = reach_told(&outcome);

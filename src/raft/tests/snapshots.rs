@@ -53,6 +53,16 @@ async fn donor(dir: &std::path::Path, term: u64, upto: u64) -> (Arc<Store>, Snap
     (store, snapshot)
 }
 
+/// A store of which it is seen what the group's replica shows.
+fn receiver(dir: &std::path::Path) -> (Arc<Store>, Arc<ShardDirectory>, GroupMachine) {
+    let store = open_store(dir);
+    let log = GroupLog::open(store.log().clone(), GROUP).unwrap();
+    let context = context(&store);
+    let directory = context.directory.clone();
+    let machine = GroupMachine::open(GROUP, context, log).unwrap();
+    (store, directory, machine)
+}
+
 /// Trap B: everything in (last applied, snapshot index] is replaced, also entries of the log that the snapshot's leader
 /// does not have; and trap E: it is durable when the install returns, whatever of the rest comes to be done.
 #[tokio::test(flavor = "multi_thread")]
@@ -118,11 +128,7 @@ async fn a_log_that_goes_on_behind_the_snapshot_is_kept() {
 async fn what_is_published_follows_an_install() {
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let (_donor, snapshot) = donor(dirs[0].path(), 3, 20).await;
-    let store = open_store(dirs[1].path());
-    let log = GroupLog::open(store.log().clone(), GROUP).unwrap();
-    let context = context(&store);
-    let directory = context.directory.clone();
-    let mut machine = GroupMachine::open(GROUP, context, log).unwrap();
+    let (store, directory, mut machine) = receiver(dirs[1].path());
     let other = ShardId::new(99);
     let create = entry(
         2,
@@ -157,11 +163,7 @@ async fn what_is_published_follows_an_install() {
 async fn a_reader_misses_nothing_during_an_install() {
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let (_donor, snapshot) = donor(dirs[0].path(), 3, 20).await;
-    let store = open_store(dirs[1].path());
-    let log = GroupLog::open(store.log().clone(), GROUP).unwrap();
-    let context = context(&store);
-    let directory = context.directory.clone();
-    let mut machine = GroupMachine::open(GROUP, context, log).unwrap();
+    let (store, directory, mut machine) = receiver(dirs[1].path());
     apply(&mut machine, entries(12)).await;
     let (face, state) = (directory.get(SHARD).unwrap(), store.state().clone());
     let (read, ended) = (face.clone(), Arc::new(AtomicBool::new(false)));

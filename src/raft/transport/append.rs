@@ -1,5 +1,7 @@
 //! A pipelined append stream: requests are sent as they come, up to a window; answers are given in order. Whoever
 //! polls the answers drives the sending, so that no task is needed per stream.
+//!
+//! A request that only tells what is committed waits a moment for entries that tell it as well.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -13,11 +15,14 @@ use tokio::time::Instant;
 
 use super::convert;
 use super::session::AppendStream;
-use crate::raft::types::Mainstem;
+use crate::raft::types::{LogId, Mainstem};
 use crate::wire::internal as pb;
 
 /// Unanswered requests of a stream.
 pub(super) const REQUESTS_MAX: usize = 64;
+
+/// What a replica answered in less than this it answered to the leader that it still has: it votes for no other one so soon after.
+const RECENT: Duration = Duration::from_millis(50);
 
 type Answer = Result<StreamAppendResult<Mainstem>, RPCError<Mainstem>>;
 type Place = Result<OwnedSemaphorePermit, AcquireError>;
@@ -29,7 +34,23 @@ pub(super) fn unreachable(text: impl ToString) -> RPCError<Mainstem> {
 /// A request that is sent and not answered. Holds its place in the peer's budget.
 struct Flight {
     bytes: usize,
+    at: Instant,
+    /// What its answer shows that the replica has.
+    last: Option<LogId>,
+    /// What a later request told to be committed that adds no entries: the answer to this one would count as one to that too.
+    followed: Option<Option<LogId>>,
     _place: OwnedSemaphorePermit,
+}
+
+impl Flight {
+    /// openraft takes an answer for one to every request that adds nothing to what it shows, also to those made since, and by
+    /// the last one's time for the proof that this leader led then. An answer may be older than that, and than the next
+    /// leader: so none is passed on that a later one is to follow, unless it is known to be recent and something may wait
+    /// for it to be committed. The later answer shows the same.
+    fn is_no_answer_to_the_next(&self, last: &Option<LogId>) -> bool {
+        let Some(commit) = &self.followed else { return false };
+        *last >= self.last && (commit >= last || self.at.elapsed() >= RECENT)
+    }
 }
 
 /// A request that waits for its place in the peer's budget.
@@ -39,6 +60,14 @@ struct Waiting {
     place: Pin<Box<dyn Future<Output = Place> + Send>>,
 }
 
+/// A request that [may wait](Appending::may_wait). The next one takes its place and tells what it tells; that its answer is
+/// missing then does not matter, because a later answer is one for everything before.
+struct Held {
+    request: AppendEntriesRequest<Mainstem>,
+    /// When it goes, if no other does before.
+    until: Instant,
+}
+
 struct Appending<S> {
     stream: AppendStream,
     /// Goes before the input.
@@ -46,6 +75,9 @@ struct Appending<S> {
     input: S,
     input_ended: bool,
     waiting: Option<Waiting>,
+    held: Option<Held>,
+    /// The last entry that was sent, or that was before the first; `None`: nothing was sent.
+    sent: Option<Option<LogId>>,
     flight: VecDeque<Flight>,
     flight_bytes: usize,
     /// When the last answer came, or the first unanswered request went out.
@@ -68,6 +100,8 @@ where
         input,
         input_ended: false,
         waiting: None,
+        held: None,
+        sent: None,
         flight: VecDeque::new(),
         flight_bytes: 0,
         quiet_since: Instant::now(),
@@ -89,7 +123,6 @@ where
 
     fn has_room(&self) -> bool {
         self.waiting.is_none()
-            && !self.input_ended
             && self.flight.len() < REQUESTS_MAX
             && (self.flight.is_empty() || self.flight_bytes < self.stream.session.stream_bytes_max)
     }
@@ -118,7 +151,18 @@ where
                         return Some((Err(unreachable("an answer to nothing")), None));
                     };
                     self.flight_bytes -= done.bytes;
-                    return Some(match convert::appended_from_pb(result) {
+                    let result = convert::appended_from_pb(result);
+                    if let Ok(Ok(last)) = &result
+                        && done.is_no_answer_to_the_next(last)
+                    {
+                        if self.idle()
+                            && let Some(held) = self.held.as_mut().filter(|held| held.request.leader_commit < *last)
+                        {
+                            held.until = self.quiet_since;
+                        }
+                        continue;
+                    }
+                    return Some(match result {
                         Ok(Ok(last)) => (Ok(Ok(last)), Some(self)),
                         Ok(Err(stop)) => (Ok(Err(stop)), None),
                         Err(text) => (Err(unreachable(text)), None),
@@ -131,12 +175,29 @@ where
                         return Some((Err(unreachable(reason)), None));
                     }
                 }
-                request = self.input.next(), if has_room => {
-                    let Some(request) = request else {
-                        self.input_ended = true;
-                        continue;
+                request = self.input.next(), if has_room && !self.input_ended => {
+                    self.input_ended = request.is_none();
+                    if let Some(request) = &request {
+                        self.note_followed(request);
+                    }
+                    let next = match (request, self.held.take()) {
+                        (Some(request), held) if self.may_wait(&request) => {
+                            let until = held.map_or_else(|| Instant::now() + self.stream.commit_hold, |held| held.until);
+                            self.held = Some(Held { request, until });
+                            None
+                        }
+                        (request, held) => request.or_else(|| held.map(|held| held.request)),
                     };
-                    if let Err(reason) = self.take(&request) {
+                    if let Some(request) = next
+                        && let Err(reason) = self.take(&request)
+                    {
+                        return Some((Err(unreachable(reason)), None));
+                    }
+                }
+                () = due(self.held.as_ref()), if has_room => {
+                    if let Some(Held { request, .. }) = self.held.take()
+                        && let Err(reason) = self.take(&request)
+                    {
                         return Some((Err(unreachable(reason)), None));
                     }
                 }
@@ -153,12 +214,27 @@ where
         }
     }
 
+    fn note_followed(&mut self, request: &AppendEntriesRequest<Mainstem>) {
+        if request.entries.is_empty() {
+            let before = self.flight.iter_mut().rev();
+            before
+                .take_while(|flight| flight.last == request.prev_log_id)
+                .for_each(|flight| flight.followed = Some(request.leader_commit));
+        }
+    }
+
+    /// Whether a request tells nothing but what is committed, to a replica that answers for all entries before it anyway.
+    fn may_wait(&self, request: &AppendEntriesRequest<Mainstem>) -> bool {
+        request.entries.is_empty() && self.sent == Some(request.prev_log_id) && !self.stream.commit_hold.is_zero()
+    }
+
     /// A request from the input: sent at once if the peer's budget has a place for it.
     fn take(&mut self, request: &AppendEntriesRequest<Mainstem>) -> Result<(), String> {
         if self.idle() {
             self.quiet_since = Instant::now();
         }
         let (append, bytes) = convert::append_to_pb(self.stream.id, self.stream.open.take(), request);
+        self.sent = Some(request.entries.last().map(|entry| entry.log_id).or(request.prev_log_id));
         let session = &self.stream.session;
         let places = u32::try_from(bytes.min(session.budget_bytes)).unwrap_or(u32::MAX);
         match session.budget.clone().try_acquire_many_owned(places) {
@@ -174,8 +250,22 @@ where
     fn send(&mut self, append: pb::Append, bytes: usize, place: OwnedSemaphorePermit) -> Result<(), String> {
         self.stream.send(append, bytes)?;
         self.flight_bytes += bytes;
-        self.flight.push_back(Flight { bytes, _place: place });
+        self.flight.push_back(Flight {
+            bytes,
+            at: Instant::now(),
+            last: self.sent.flatten(),
+            followed: None,
+            _place: place,
+        });
         Ok(())
+    }
+}
+
+/// Returns when what is held is to go.
+async fn due(held: Option<&Held>) {
+    match held {
+        Some(held) => tokio::time::sleep_until(held.until).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -186,3 +276,6 @@ async fn place_of(waiting: &mut Option<Waiting>) -> Place {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

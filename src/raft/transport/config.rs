@@ -57,6 +57,9 @@ pub struct PeerConfig {
     /// An append stream with unanswered requests is given up when no answer comes for so long. Longer than a disk takes
     /// to sync when it is slow, because what is given up is sent again.
     pub append_timeout: Duration,
+    /// A follower that there is nothing else to send to is told so much later what is committed: while messages come one
+    /// after the other, the next one tells it.
+    pub commit_hold: Duration,
     /// Between two attempts to connect: this at first, …
     pub reconnect_min: Duration,
     /// … doubling up to this, each with up to a half more by chance.
@@ -106,6 +109,7 @@ impl PeerConfig {
             keepalive_interval: Duration::from_secs(2),
             keepalive_timeout: Duration::from_secs(3),
             append_timeout: Duration::from_secs(5),
+            commit_hold: Duration::from_millis(1),
             reconnect_min: Duration::from_millis(50),
             reconnect_max: Duration::from_secs(1),
             refused_retry: Duration::from_secs(15),

@@ -47,6 +47,7 @@ pub(super) struct Session {
     pub budget_bytes: usize,
     pub stream_bytes_max: usize,
     pub append_timeout: Duration,
+    commit_hold: Duration,
     /// The part of the budget that calls of services may take: never all of it, because what a call waits for at the
     /// peer may itself need appends.
     service_bytes: Arc<Semaphore>,
@@ -70,6 +71,7 @@ impl Session {
             budget_bytes,
             stream_bytes_max: config.stream_bytes_max,
             append_timeout: config.append_timeout,
+            commit_hold: config.commit_hold,
             service_bytes: Arc::new(Semaphore::new((budget_bytes / 2).max(1))),
             service_bytes_max: (budget_bytes / 2).max(1),
             service_calls: Arc::new(Semaphore::new(SERVICE_CALLS_MAX)),
@@ -214,6 +216,11 @@ impl Session {
         let stream = AppendStream {
             session: self.clone(),
             id,
+            // Nodes act on what the catalog tells: they learn it at once.
+            commit_hold: match group {
+                GroupId::META => Duration::ZERO,
+                _ => self.commit_hold,
+            },
             open: Some(pb::AppendOpen {
                 group_id: group.get(),
                 to_replica: to.get(),
@@ -257,6 +264,8 @@ impl Drop for Asked {
 pub(super) struct AppendStream {
     pub session: Arc<Session>,
     pub id: u64,
+    /// How long what is committed may wait for entries to be told with.
+    pub commit_hold: Duration,
     /// To be sent with the first request.
     pub open: Option<pb::AppendOpen>,
     pub answers: mpsc::Receiver<Option<pb::appended::Result>>,
