@@ -3,14 +3,16 @@
 
 use std::io;
 
+use bytes::Bytes;
 use openraft::EntryPayload;
 use prost::Message;
 
 use super::log_store::GroupLog;
+use super::shard::ShardDirectory;
 use super::types::LogId;
 use crate::machine::port::MetaKind;
 use crate::machine::{self, MetaMachine, ShardMachine};
-use crate::model::GroupId;
+use crate::model::{GroupId, ShardId};
 use crate::storage::{StateDb, StorageError};
 use crate::wire::internal as pb;
 
@@ -23,7 +25,11 @@ fn invalid(e: impl std::fmt::Display) -> io::Error {
 }
 
 /// The machines of a group as `state/` has them.
-pub(super) fn machine(group: GroupId, state: &StateDb) -> io::Result<machine::GroupMachine> {
+pub(super) fn machine(
+    group: GroupId,
+    state: &StateDb,
+    directory: &ShardDirectory,
+) -> io::Result<machine::GroupMachine> {
     if group == GroupId::META {
         let mut records = Vec::new();
         for kind in [
@@ -44,10 +50,14 @@ pub(super) fn machine(group: GroupId, state: &StateDb) -> io::Result<machine::Gr
         return Ok(machine::GroupMachine::meta_group(meta));
     }
     let mut shards = Vec::new();
-    for (shard, owner, raw) in state.shards().map_err(io_error)? {
-        if owner != group {
+    let of_the_group = |(_, owner, _): &(ShardId, GroupId, Bytes)| *owner == group;
+    for (shard, ..) in state.shards().map_err(io_error)?.into_iter().filter(of_the_group) {
+        // What is read of a shard is of one moment: another group's replica may be adopting it.
+        let _applying = directory.applying(shard);
+        let record = state.shard_record(shard).map_err(io_error)?;
+        let Some((_, raw)) = record.filter(|(owner, _)| *owner == group) else {
             continue;
-        }
+        };
         let producers = state.producers(shard).map_err(io_error)?;
         let id_blocks = state.id_blocks(shard).map_err(io_error)?;
         let machine = ShardMachine::load(

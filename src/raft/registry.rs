@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bytes::Bytes;
 use parking_lot::RwLock;
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +20,6 @@ use super::watch::{self, GroupEvent};
 use crate::base::Tasks;
 use crate::base::metric_names as names;
 use crate::machine::ShardMachine;
-use crate::machine::port::ShardSink as _;
 use crate::model::{GroupId, LogIndex, ReplicaId, ShardId};
 use crate::storage::{Done, LogDb, StateDb, StorageError, Store};
 
@@ -221,11 +219,17 @@ impl Groups {
         if !self.log.meta(id)?.quarantined {
             self.ask_log(|done| self.log.set_aside(id, done)).await?;
         }
-        let (state, here) = (self.context.state.clone(), self.log.groups());
-        // A sealed shard stays for the replica that will adopt it, whose log may be behind.
-        let stays = move |record: &[u8]| ShardMachine::heir_in(record).is_some_and(|heir| here.contains(&heir));
-        let dropped = tokio::task::spawn_blocking(move || state.drop_group(id, stays)).await;
-        dropped.map_err(|_| StorageError::Closed)??;
+        let (state, directory, here) = (self.context.state.clone(), self.directory().clone(), self.log.groups());
+        let dropped = tokio::task::spawn_blocking(move || {
+            // A sealed shard stays for the replica that will adopt it, whose log may be behind.
+            let goes = |record: &[u8]| !ShardMachine::heir_in(record).is_some_and(|heir| here.contains(&heir));
+            for (shard, ..) in state.shards()?.iter().filter(|(_, owner, _)| *owner == id) {
+                let _applying = directory.applying(*shard);
+                state.drop_shard_of(id, *shard, goes)?;
+            }
+            state.drop_group(id)
+        });
+        dropped.await.map_err(|_| StorageError::Closed)??;
         let meta = self.log.meta(id)?;
         let retired = meta.owner.max(meta.retired);
         self.ask_log(|done| self.log.clear(id, retired, done)).await
@@ -239,16 +243,8 @@ impl Groups {
         self.directory().abandon(shard, id);
         let (state, directory) = (self.context.state.clone(), self.directory().clone());
         let dropped = tokio::task::spawn_blocking(move || {
-            // Another group's replica may be about to take the shard over.
             let applying = directory.applying(shard);
-            let sealed = |(at, owner, record): &(ShardId, GroupId, Bytes)| {
-                (*at, *owner) == (shard, id) && ShardMachine::heir_in(record).is_some()
-            };
-            if state.shards()?.iter().any(sealed) {
-                let mut batch = state.batch();
-                batch.drop_shard(shard);
-                state.write(batch)?;
-            }
+            state.drop_shard_of(id, shard, |record| ShardMachine::heir_in(record).is_some())?;
             drop(applying);
             state.flush()
         });

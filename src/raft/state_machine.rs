@@ -118,7 +118,7 @@ impl GroupMachine {
             Some((_, raw)) => codec::Marker::decode(&raw)?,
         };
         let (applied, membership) = (marker.applied, marker.membership);
-        let machine = load::machine(group, state)?;
+        let machine = load::machine(group, state, &context.directory)?;
         let (stop, ended) = (context.token.child_token(), CancellationToken::new());
         if let Some(meta) = machine.meta() {
             context.observer.changed(&everything(meta));
@@ -187,7 +187,8 @@ impl GroupMachine {
 
     /// After `state/` was replaced: everything that was read from it is read again, and told.
     fn reload(&mut self) -> io::Result<()> {
-        let before = std::mem::replace(&mut self.machine, load::machine(self.group, &self.context.state)?);
+        let loaded = load::machine(self.group, &self.context.state, &self.context.directory)?;
+        let before = std::mem::replace(&mut self.machine, loaded);
         for shard in before.shards().map(ShardMachine::shard) {
             if self.machine.shard(shard).is_none() {
                 let _applying = self.context.directory.applying(shard);

@@ -162,26 +162,32 @@ impl StateDb {
         self.0.applied.lock().iter().map(|(g, i)| (*g, *i)).collect()
     }
 
-    /// Removes everything that is a group's: its applied marker, and its shards, but those whose record says that they stay.
-    /// Durable when it returns. The caller sees to it that nobody reads or applies the group meanwhile. Blocks. True: there was
-    /// something.
-    pub fn drop_group(&self, group: GroupId, stays: impl Fn(&[u8]) -> bool) -> Result<bool, StorageError> {
+    /// Removes a shard, if it is this group's and `goes` says so of its record. The caller holds the shard: another group's
+    /// replica may be about to take it over. Durable after a flush.
+    pub fn drop_shard_of(
+        &self,
+        group: GroupId,
+        shard: ShardId,
+        goes: impl FnOnce(&[u8]) -> bool,
+    ) -> Result<(), StorageError> {
+        let found = self.shard_record(shard)?;
         let mut batch = self.batch();
-        for (shard, owner, record) in self.shards()? {
-            if owner == group && !stays(&record) {
-                batch.drop_shard(shard);
-            }
+        if found.is_some_and(|(owner, record)| owner == group && goes(&record)) {
+            batch.drop_shard(shard);
         }
+        self.write(batch)
+    }
+
+    /// Removes what is a group's but its shards: its applied marker, and the catalog if it is the meta group. Durable when it
+    /// returns, as is all that was written before. The caller sees to it that nobody reads or applies the group meanwhile. Blocks.
+    pub fn drop_group(&self, group: GroupId) -> Result<(), StorageError> {
+        let mut batch = self.batch();
         if group == GroupId::META {
             batch.drop_all_meta();
         }
-        let existed = !batch.is_empty() || self.applied_index(group).is_some();
-        if existed {
-            batch.drop_applied(group);
-            self.write(batch)?;
-            self.flush()?;
-        }
-        Ok(existed)
+        batch.drop_applied(group);
+        self.write(batch)?;
+        self.flush()
     }
 
     /// Changes after each flush: `durable_applied` may have moved on.

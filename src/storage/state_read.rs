@@ -204,7 +204,8 @@ impl StateDb {
         Ok(self.shard_record(shard)?.map(|(group, _)| group))
     }
 
-    fn shard_record(&self, shard: ShardId) -> Result<Option<(GroupId, Bytes)>, StorageError> {
+    /// A shard's group and record.
+    pub fn shard_record(&self, shard: ShardId) -> Result<Option<(GroupId, Bytes)>, StorageError> {
         let key = Key::Shard(shard).encode();
         let Some(value) = self.get(&key)? else { return Ok(None) };
         let mut record: &[u8] = &value;

@@ -47,6 +47,7 @@ async fn acknowledged(api: &Api, text: &str) -> v1::MessageAck {
 async fn without_a_quorum_a_publish_is_refused_in_time() {
     let mut cluster = Cluster::networked(3, Options::plain()).await;
     streams(&cluster, true).await;
+    cluster.wait().settled().await;
     // The leader is left: it does not know at first.
     let leader = cluster.wait().leader("own").await;
     let api = cluster[leader].api().await;
@@ -109,6 +110,7 @@ async fn without_a_quorum_a_session_is_told_in_time() {
     const FIRST: u64 = 2;
     let mut cluster = Cluster::networked(3, Options::plain()).await;
     streams(&cluster, true).await;
+    cluster.wait().settled().await;
     let leader = cluster.wait().leader("own").await;
     let api = cluster[leader].api().await;
     let mut session = api.session_on("own").await.unwrap();
@@ -287,6 +289,7 @@ enum Absence {
 async fn an_old_leader(absence: Absence) {
     let mut cluster = Cluster::networked(3, Options::plain()).await;
     streams(&cluster, true).await;
+    cluster.wait().settled().await;
     let leader = cluster.wait().leader("own").await;
     let other = (leader + 1) % 3;
     let (old, new) = (cluster[leader].api().await, cluster[other].api().await);

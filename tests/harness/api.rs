@@ -120,6 +120,11 @@ impl Api {
         Ok(self.cluster().get_report(request).await?.into_inner())
     }
 
+    /// What the planner would do now.
+    pub async fn plan(&self) -> Result<v1::PlanResponse, Failure> {
+        Ok(self.cluster().plan(v1::PlanRequest {}).await?.into_inner())
+    }
+
     pub async fn create(&self, spec: v1::StreamSpec) -> Result<v1::Stream, Failure> {
         let request = v1::CreateStreamRequest {
             spec: Some(spec),

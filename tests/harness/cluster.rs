@@ -335,6 +335,29 @@ impl Wait<'_> {
         found.expect("a leader")
     }
 
+    /// Waits until the cluster is healthy and plans nothing: no leader is handed over any more because the groups of a
+    /// new cluster come to lie unevenly. A test that needs a leader to stay where it is waits for this first.
+    pub async fn settled(self) {
+        let cluster = self.0;
+        let begun = tokio::time::Instant::now();
+        loop {
+            cluster.wait().healthy().await;
+            let node = cluster.awake()[0];
+            let api = cluster.nodes[node].api().await;
+            let planned = api.plan().await;
+            let settled = |plan: &v1::PlanResponse| plan.actions.is_empty() && plan.silent_nodes.is_empty();
+            if planned.as_ref().is_ok_and(settled) {
+                return;
+            }
+            assert!(
+                begun.elapsed() < super::PATIENCE,
+                "not settled after {:?}: {planned:?}",
+                super::PATIENCE
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     /// Waits until every node that runs sees nothing wrong with the cluster: every node of it answers, every group has
     /// its leader, its quorum, and its replicas.
     pub async fn healthy(self) {

@@ -15,7 +15,7 @@ async fn hand(store: &Store, from: (&mut GroupMachine, GroupId), to: (&mut Group
         move_id: index,
     });
     apply(from.0, vec![entry(index, seal)]).await;
-    let sealed = load::machine(from.1, store.state()).unwrap();
+    let sealed = load::machine(from.1, store.state(), &ShardDirectory::default()).unwrap();
     let sealed = sealed.shard(SHARD).unwrap();
     let adopt = Op::AdoptShard(pb::AdoptShard {
         shard_id: SHARD.get(),

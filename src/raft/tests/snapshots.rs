@@ -150,7 +150,7 @@ async fn what_is_published_follows_an_install() {
     assert!(face.positions().removed && directory.get(other).is_none());
     let tail = directory.get(SHARD).unwrap().positions().tail;
     assert_eq!(tail, Sequence::new(19));
-    let loaded = load::machine(GROUP, store.state()).unwrap();
+    let loaded = load::machine(GROUP, store.state(), &directory).unwrap();
     assert_eq!(loaded.shards().map(|s| s.tail()).collect::<Vec<_>>(), [tail]);
     let meta = snapshot.meta.clone();
     machine.install_snapshot(&meta, GroupSnapshot::local(0)).await.unwrap();
