@@ -80,6 +80,10 @@ fn table(cache: &Cache) -> BlockBasedOptions {
 
 /// Opens (or, while a directory is being made, creates) log/.
 pub fn open_log(dir: &Path, opts: &StoreOptions, cache: &Cache, create: bool) -> Result<DB, rocksdb::Error> {
+    patiently(|| open_log_once(dir, opts, cache, create))
+}
+
+fn open_log_once(dir: &Path, opts: &StoreOptions, cache: &Cache, create: bool) -> Result<DB, rocksdb::Error> {
     let mut o = base_options(
         "track_and_verify_wals=true;avoid_flush_during_recovery=true;avoid_flush_during_shutdown=true;\
          force_consistency_checks=true;enforce_write_buffer_manager_during_recovery=false",
@@ -99,6 +103,16 @@ pub fn open_log(dir: &Path, opts: &StoreOptions, cache: &Cache, create: bool) ->
 
 /// Opens (or, while a directory is being made, creates) state/.
 pub fn open_state(
+    dir: &Path,
+    opts: &StoreOptions,
+    cache: &Cache,
+    floors: &Arc<DurableFloors>,
+    create: bool,
+) -> Result<DB, rocksdb::Error> {
+    patiently(|| open_state_once(dir, opts, cache, floors, create))
+}
+
+fn open_state_once(
     dir: &Path,
     opts: &StoreOptions,
     cache: &Cache,
@@ -295,7 +309,7 @@ const OPEN_ATTEMPTS: u32 = 20;
 
 /// Opens a database. The engine's timer takes no task that is due before the one which it works at just now, so that a wall
 /// clock that was set back can abort an open: it is done again.
-pub fn open_patiently(open: impl Fn() -> Result<DB, rocksdb::Error>) -> Result<DB, rocksdb::Error> {
+fn patiently(open: impl Fn() -> Result<DB, rocksdb::Error>) -> Result<DB, rocksdb::Error> {
     for _ in 1..OPEN_ATTEMPTS {
         match open() {
             Err(error) if error.kind() == rocksdb::ErrorKind::Aborted => {

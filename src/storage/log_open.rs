@@ -36,7 +36,7 @@ pub(super) fn open(opts: &StoreOptions, cache: &Cache, witness: Mark) -> Result<
             WalFault::Damaged { file, what } => OpenError::LogDamaged { what, file },
             WalFault::Io(e) => io(&opts.dir, "reading the write-ahead log", e),
         })?;
-    let opened = engine::open_patiently(|| engine::open_log(&dir, opts, cache, false));
+    let opened = engine::open_log(&dir, opts, cache, false);
     let db = opened.map_err(|e| match engine::open_fault(&e) {
         OpenFault::Damage => damaged(&dir, e),
         OpenFault::System => io(&opts.dir, "opening log/", e),

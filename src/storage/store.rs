@@ -466,7 +466,7 @@ fn open_state(
         what,
         detail,
     };
-    let opened = engine::open_patiently(|| engine::open_state(&dir, opts, cache, &durable_floors, false));
+    let opened = engine::open_state(&dir, opts, cache, &durable_floors, false);
     let db = opened.map_err(|e| match engine::open_fault(&e) {
         OpenFault::Damage => damaged(e.to_string()),
         OpenFault::System => failed("opening state/", e.to_string()),
