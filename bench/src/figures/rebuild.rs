@@ -28,9 +28,28 @@ async fn group(client: &Client) -> Result<GroupReport> {
     report.groups.into_iter().next().context("the stream has no group")
 }
 
+/// Waits until nothing is planned and the stream's replicas stay where they are: a cluster spreads its groups when it is new, and
+/// when a replica was moved.
+async fn spread(client: &Client) -> Result<()> {
+    let begin = Instant::now();
+    loop {
+        let plan = client.plan().await?;
+        let now = group(client).await?;
+        if plan.actions.is_empty() && now.change.is_none() && now.replicas.len() == REPLICAS as usize {
+            return Ok(());
+        }
+        ensure!(
+            begin.elapsed() < PATIENCE,
+            "replicas are still moved after {PATIENCE:?}: {plan:?}"
+        );
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
 /// Takes a follower's replica from its node and makes a new one on the node that has none. How long that took, until the
 /// new one votes and the old one is gone.
 async fn replace(client: &Client) -> Result<Duration> {
+    spread(client).await?;
     let before = group(client).await?;
     let follower = before.replicas.iter().find(|replica| !replica.leader);
     let from = follower.context("there is no follower")?.node_name.clone();
@@ -109,13 +128,15 @@ pub async fn from_scratch(lab: &Lab, name: &str) -> Result<Vec<Row>> {
             ..StreamSpec::default()
         };
         server.create_as(spec).await?;
+        let client = server.client().await?;
+        spread(&client).await?;
         server
             .fill(STREAM, MESSAGE_BYTES, bytes / MESSAGE_BYTES as u64, 2)
             .await?;
-        let client = server.client().await?;
         let stored = server.stored(STREAM).await?.bytes as f64 / MIB;
         let took = replace(&client).await?;
         idle.push(stored / took.as_secs_f64());
+        spread(&client).await?;
 
         let meter = Meter::new(PUBLISHERS);
         let mut tasks = publish(&client, &meter).await?;
