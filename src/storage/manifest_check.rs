@@ -10,11 +10,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::error::{Area, OpenError};
+use super::wal_check::{BLOCK, HEADER};
 
-/// A file in this format consists of blocks of so many bytes.
-const BLOCK: usize = 32 << 10;
-/// Checksum (4), length of the content (2), kind (1).
-const HEADER: usize = 7;
 /// What is written into recycled files.
 const RECYCLED: [u8; 6] = [5, 6, 7, 8, 11, 131];
 

@@ -25,8 +25,10 @@ use super::keys::Key;
 use super::record::{FRAME_BYTES, unframe};
 use super::witness::Mark;
 
-const BLOCK: usize = 32 << 10;
-const HEADER: usize = 7;
+/// Of RocksDB's log format, which manifests have as well: a file consists of blocks of so many bytes.
+pub(super) const BLOCK: usize = 32 << 10;
+/// Checksum (4), length of the content (2), kind (1).
+pub(super) const HEADER: usize = 7;
 const WHOLE: u8 = 1;
 const FIRST: u8 = 2;
 const MIDDLE: u8 = 3;

@@ -339,42 +339,42 @@ impl Wait<'_> {
     /// new cluster come to lie unevenly. A test that needs a leader to stay where it is waits for this first.
     pub async fn settled(self) {
         let cluster = self.0;
-        let begun = tokio::time::Instant::now();
-        loop {
-            cluster.wait().healthy().await;
-            let node = cluster.awake()[0];
-            let api = cluster.nodes[node].api().await;
-            let planned = api.plan().await;
-            let settled = |plan: &v1::PlanResponse| plan.actions.is_empty() && plan.silent_nodes.is_empty();
-            if planned.as_ref().is_ok_and(settled) {
-                return;
+        nothing_wrong("settled", async || {
+            let wrong = cluster.wrong().await;
+            if !wrong.is_empty() {
+                return wrong;
             }
-            assert!(
-                begun.elapsed() < super::PATIENCE,
-                "not settled after {:?}: {planned:?}",
-                super::PATIENCE
-            );
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+            let node = cluster.awake()[0];
+            match cluster.nodes[node].api().await.plan().await {
+                Ok(plan) if plan.actions.is_empty() && plan.silent_nodes.is_empty() => String::new(),
+                planned => format!("{planned:?}"),
+            }
+        })
+        .await;
     }
 
     /// Waits until every node that runs sees nothing wrong with the cluster: every node of it answers, every group has
     /// its leader, its quorum, and its replicas.
     pub async fn healthy(self) {
         let cluster = self.0;
-        let begun = tokio::time::Instant::now();
-        loop {
-            let wrong = cluster.wrong().await;
-            if wrong.is_empty() {
-                return;
-            }
-            assert!(
-                begun.elapsed() < super::PATIENCE,
-                "not healthy after {:?}:\n{wrong}",
-                super::PATIENCE
-            );
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        nothing_wrong("healthy", async || cluster.wrong().await).await;
+    }
+}
+
+/// Waits until there is nothing wrong any more.
+async fn nothing_wrong(what: &str, mut wrong: impl AsyncFnMut() -> String) {
+    let begun = tokio::time::Instant::now();
+    loop {
+        let wrong = wrong().await;
+        if wrong.is_empty() {
+            return;
         }
+        assert!(
+            begun.elapsed() < super::PATIENCE,
+            "not {what} after {:?}:\n{wrong}",
+            super::PATIENCE
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

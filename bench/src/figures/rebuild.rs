@@ -49,7 +49,6 @@ async fn spread(client: &Client) -> Result<()> {
 /// Takes a follower's replica from its node and makes a new one on the node that has none. How long that took, until the
 /// new one votes and the old one is gone.
 async fn replace(client: &Client) -> Result<Duration> {
-    spread(client).await?;
     let before = group(client).await?;
     let follower = before.replicas.iter().find(|replica| !replica.leader);
     let from = follower.context("there is no follower")?.node_name.clone();
@@ -134,6 +133,7 @@ pub async fn from_scratch(lab: &Lab, name: &str) -> Result<Vec<Row>> {
             .fill(STREAM, MESSAGE_BYTES, bytes / MESSAGE_BYTES as u64, 2)
             .await?;
         let stored = server.stored(STREAM).await?.bytes as f64 / MIB;
+        spread(&client).await?;
         let took = replace(&client).await?;
         idle.push(stored / took.as_secs_f64());
         spread(&client).await?;
